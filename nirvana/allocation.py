@@ -1,0 +1,271 @@
+"""From unit saliency to the units that stay.
+
+Ranking is global over layers, separately for KV groups and for MLP neurons. With A and M the block weights in attention
+and MLP, ratio r and γ = MLP rate ÷ attention rate:  p_attn = r·(A+M)/(A+γM),  p_mlp = γ·p_attn.
+
+Source: NIRVANA (arXiv 2509.14230), allocation. Caps, exact counts and the uniform scope are ours (docs/concepts.md).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nirvana.architectures.site import Module, Site
+from nirvana.errors import InputError
+
+Rule = Literal["exact", "published"]
+Scope = Literal["global", "uniform"]
+Keep = dict[str, NDArray[np.int64]]
+"""Sorted indices of the units that stay, by site name."""
+
+_COUNT_SLACK = 1e-6
+"""Added before rounding a count down, so that 0.3 * 10 counts 3 and not 2."""
+
+
+def allocate(
+    sites: Sequence[Site],
+    saliency: Mapping[str, NDArray[np.float32]],
+    pruning_ratio: float,
+    gamma: float,
+    round_to: int = 8,
+    rule: Rule = "exact",
+    scope: Scope = "global",
+    loadable_kv_groups: Callable[[int], bool] = lambda kept: True,
+) -> Keep:
+    """Return which units stay.
+
+    Args:
+        sites: Where units live, in walk order.
+        saliency: Unit saliency by site name.
+        pruning_ratio: Share of the block weights that leaves, in [0, 1).
+        gamma: MLP rate divided by attention rate, above 0.
+        round_to: Kept neurons of a layer are a multiple of this (or all of them).
+        rule: `exact` meets the ratio to within one `round_to` block of one layer; `published` counts as the authors'
+            code does and may miss it.
+        scope: `global` ranks over all layers; `uniform` keeps the same counts in every layer, so that a stock
+            configuration describes the result, and meets the ratio to within one `round_to` block of every layer.
+        loadable_kv_groups: For `uniform`: whether a stock configuration accepts that many KV groups.
+
+    Returns:
+        Sorted indices of the kept units by site name.
+
+    Raises:
+        InputError: If the ratio cannot be reached (the message names the largest reachable one), `round_to` is larger
+            than a layer, or the saliency does not belong to these sites.
+    """
+    request = _Request(tuple(sites), saliency, pruning_ratio, gamma, round_to)
+    request.check()
+    if scope == "uniform":
+        if rule == "published":
+            raise InputError(
+                "allocation.rule: published is defined for scope global only, got scope uniform; use rule exact"
+            )
+        return _uniform(request, loadable_kv_groups)
+    return _published(request) if rule == "published" else _exact(request)
+
+
+def achieved_ratio(sites: Sequence[Site], kept_units: Mapping[str, int]) -> dict[str, float]:
+    """Return the measured share of block weights that leave: total, attention and mlp."""
+    weights: dict[str, list[int]] = {"total": [0, 0], "attention": [0, 0], "mlp": [0, 0]}
+    for site in sites:
+        removed = (site.units - kept_units[site.name]) * site.weights_per_unit
+        for key in ("total", site.module):
+            weights[key][0] += removed
+            weights[key][1] += site.weights
+    return {key: removed / total if total else 0.0 for key, (removed, total) in weights.items()}
+
+
+@dataclass(frozen=True)
+class _Request:
+    sites: tuple[Site, ...]
+    saliency: Mapping[str, NDArray[np.float32]]
+    pruning_ratio: float
+    gamma: float
+    round_to: int
+
+    def check(self) -> None:
+        if not 0 <= self.pruning_ratio < 1:
+            raise InputError(f"pruning_ratio: expected 0 <= ratio < 1, got {self.pruning_ratio}; choose e.g. 0.2")
+        if not (self.gamma > 0 and np.isfinite(self.gamma)):
+            raise InputError(f"gamma: expected a finite number above 0, got {self.gamma}; choose e.g. 3.36")
+        for site in self.sites:
+            values = self.saliency.get(site.name)
+            if values is None or values.shape != (site.units,) or not np.isfinite(values).all():
+                got = "nothing" if values is None else f"shape {values.shape} or values that are not finite"
+                raise InputError(
+                    f"{site.name}: expected {site.units} finite saliency values, got {got}; "
+                    "the saliency belongs to another model: collect it again"
+                )
+            if site.module == "mlp" and not 1 <= self.round_to <= site.units:
+                raise InputError(
+                    f"round_to: expected 1 to {site.units} (the neurons of layer {site.layer}), "
+                    f"got {self.round_to}; choose a smaller multiple"
+                )
+        largest = (self.removable("attention") + self.removable("mlp")) / self.total
+        if self.pruning_ratio > largest:
+            raise InputError(
+                f"pruning_ratio: {self.pruning_ratio} cannot be reached: with one KV group and {self.round_to} "
+                f"neurons kept in every layer at most {_floor4(largest)} can leave; ask for at most that"
+            )
+
+    def of(self, module: Module) -> list[Site]:
+        return [site for site in self.sites if site.module == module]
+
+    def weights(self, module: Module) -> int:
+        return sum(site.weights for site in self.of(module))
+
+    @property
+    def total(self) -> int:
+        return sum(site.weights for site in self.sites)
+
+    def removable(self, module: Module) -> int:
+        """Weights that may leave: one KV group, or one `round_to` block of neurons, stays in every layer."""
+        least = 1 if module == "attention" else self.round_to
+        return sum((site.units - min(least, site.units)) * site.weights_per_unit for site in self.of(module))
+
+    def attention_rate(self) -> float:
+        """Solve for p_attn; a rate that would pass its cap is clipped and the other one meets the total."""
+        attention, mlp = self.weights("attention"), self.weights("mlp")
+        target = self.pruning_ratio * self.total
+        rate = target / (attention + self.gamma * mlp)
+        if rate * attention > self.removable("attention"):
+            return self.removable("attention") / attention
+        if self.gamma * rate * mlp > self.removable("mlp"):
+            return (target - self.removable("mlp")) / attention
+        return rate
+
+    def rounded(self, site: Site, kept: int) -> int:
+        """Round kept neurons up to a multiple of `round_to`, at least one block, at most all."""
+        blocks = max(1, -(-kept // self.round_to))
+        return min(site.units, blocks * self.round_to)
+
+
+def _floor4(value: float) -> float:
+    return int(value * 10_000) / 10_000
+
+
+def _best(site: Site, saliency: Mapping[str, NDArray[np.float32]], count: int) -> NDArray[np.int64]:
+    """Return the `count` units of highest saliency; of equals the later index is the better."""
+    order = np.argsort(saliency[site.name], kind="stable")
+    return np.sort(order[site.units - count :]).astype(np.int64)
+
+
+def _global_order(
+    sites: Sequence[Site], saliency: Mapping[str, NDArray[np.float32]], protected: int
+) -> NDArray[np.int64]:
+    """Return the position of the owning site of every removable unit, in the order in which units leave.
+
+    The order is (saliency, layer, index) and leaves out the best `protected` units of each site.
+    """
+    values, owners = [], []
+    for position, site in enumerate(sites):
+        ascending = np.sort(saliency[site.name], kind="stable")[: max(0, site.units - protected)]
+        values.append(ascending)
+        owners.append(np.full(ascending.shape, position))
+    return np.concatenate(owners)[np.argsort(np.concatenate(values), kind="stable")]
+
+
+def _condemned(sites: Sequence[Site], order: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Return how many units each site loses when the first `count` of the order leave."""
+    return np.bincount(order[:count], minlength=len(sites))
+
+
+def _exact(request: _Request) -> Keep:
+    groups, layers = request.of("attention"), request.of("mlp")
+    group_order = _global_order(groups, request.saliency, protected=1)
+    units = sum(site.units for site in groups)
+    count = min(len(group_order), int(request.attention_rate() * units + _COUNT_SLACK))
+    target = request.pruning_ratio * request.total
+
+    def removed_groups(number: int) -> int:
+        lost = _condemned(groups, group_order, number)
+        return sum(int(n) * site.weights_per_unit for n, site in zip(lost, groups, strict=True))
+
+    # Rounding the group count down may leave more to the neurons than they can give.
+    while target - removed_groups(count) > request.removable("mlp") and count < len(group_order):
+        count += 1
+    lost = _condemned(groups, group_order, count)
+    keep = {site.name: _best(site, request.saliency, site.units - int(n)) for n, site in zip(lost, groups, strict=True)}
+    kept_neurons = _neurons_for(request, layers, target - removed_groups(count))
+    return keep | {site.name: _best(site, request.saliency, kept_neurons[site.name]) for site in layers}
+
+
+def _neurons_for(request: _Request, layers: Sequence[Site], target: float) -> dict[str, int]:
+    """Bisect the number of condemned neurons until the weights removed, after rounding, are closest to `target`."""
+    order = _global_order(layers, request.saliency, protected=0)
+
+    def kept(count: int) -> dict[str, int]:
+        lost = _condemned(layers, order, count)
+        return {site.name: request.rounded(site, site.units - int(n)) for n, site in zip(lost, layers, strict=True)}
+
+    def removed(count: int) -> int:
+        remaining = kept(count)
+        return sum((site.units - remaining[site.name]) * site.weights_per_unit for site in layers)
+
+    low, high = 0, len(order)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if removed(middle) >= target else (middle + 1, high)
+    if low > 0 and target - removed(low - 1) <= removed(low) - target:
+        low -= 1
+    return kept(low)
+
+
+def _published(request: _Request) -> Keep:
+    """Count as the authors' code does: floor counts, ties leave together, a layer's last group stays, no re-solve.
+
+    Source: the authors' Llama/main.py at a6094c9.
+    """
+    rate = (
+        request.pruning_ratio * request.total / (request.weights("attention") + request.gamma * request.weights("mlp"))
+    )
+    keep: Keep = {}
+    shares: dict[Module, float] = {"attention": rate, "mlp": request.gamma * rate}
+    for module, share in shares.items():
+        sites = request.of(module)
+        values = np.concatenate([request.saliency[site.name] for site in sites])
+        count = min(len(values), int(share * len(values) + _COUNT_SLACK))
+        threshold = np.sort(values)[count - 1] if count else -np.inf
+        for site in sites:
+            staying = np.flatnonzero(request.saliency[site.name] > threshold)
+            if module == "attention":
+                keep[site.name] = staying if len(staying) else np.array([site.units - 1])
+            else:
+                keep[site.name] = _best(site, request.saliency, request.rounded(site, len(staying)))
+    return keep
+
+
+def _uniform(request: _Request, loadable_kv_groups: Callable[[int], bool]) -> Keep:
+    groups, layers = request.of("attention"), request.of("mlp")
+    if len({site.units for site in groups}) > 1 or len({site.units for site in layers}) > 1:
+        raise InputError(
+            "scope uniform: expected a model whose layers are all of one size, got layers that differ; use scope global"
+        )
+    target = request.pruning_ratio * request.total
+    units = groups[0].units
+    wanted = units * (1 - request.attention_rate())
+
+    def left_for_neurons(kept: int) -> float:
+        return target - sum((units - kept) * site.weights_per_unit for site in groups)
+
+    slack = request.round_to * sum(site.weights_per_unit for site in layers) / 2
+    choices = [
+        kept
+        for kept in range(1, units + 1)
+        if loadable_kv_groups(kept) and -slack <= left_for_neurons(kept) <= request.removable("mlp") + slack
+    ]
+    if not choices:
+        raise InputError(
+            f"pruning_ratio: {request.pruning_ratio} cannot be reached with scope uniform: no number of KV groups "
+            "that a stock configuration accepts leaves a share that the neurons can give; use scope global"
+        )
+    kept_groups = min(choices, key=lambda kept: (abs(kept - wanted), -kept))
+    size = layers[0].units
+    share = left_for_neurons(kept_groups) / request.weights("mlp")
+    steps = sorted({min(size, block * request.round_to) for block in range(1, -(-size // request.round_to) + 1)})
+    kept_neurons = min(steps, key=lambda kept: (abs(size * (1 - share) - kept), -kept))
+    counts = {site.name: kept_groups for site in groups} | {site.name: kept_neurons for site in layers}
+    return {site.name: _best(site, request.saliency, counts[site.name]) for site in request.sites}

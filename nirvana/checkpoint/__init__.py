@@ -1,0 +1,1 @@
+"""Pruned checkpoints that load anywhere."""

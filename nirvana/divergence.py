@@ -1,0 +1,122 @@
+"""KL(dense‖pruned) of a plan, without building the pruned model.
+
+The dense model's hidden states on the held-out text are computed once and kept (tokens · hidden, where its
+log-probabilities would take tokens · vocabulary). For a plan, each layer runs with its weights sliced for that one
+call; then both heads are read in chunks of the vocabulary with running log-sum-exps.
+
+Source: NIRVANA (arXiv 2509.14230), calibration selection: the mean over positions of
+Σ_v P_dense (log P_dense − log P_pruned).
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nirvana.slicing import Slicer
+from nirvana.walk import Hidden, Stack, TokenIds, walk_forward
+
+VOCAB_CHUNK = 4096
+"""Head rows at a time."""
+POSITION_CHUNK = 128
+"""Positions at a time: two blocks of 128 × 4096 logits take 4 MB and stay in cache."""
+
+
+@torch.no_grad()
+def dense_hidden_states(stack: Stack, ids: TokenIds) -> Hidden:
+    """Return what the dense model's head reads at every position of the held-out sequences.
+
+    Raises:
+        InputError: If a token id is out of range.
+    """
+    stack.check_ids(ids)
+    hidden = stack.embed(ids)
+    for layer in range(stack.num_layers):
+        (hidden,) = walk_forward(stack, [hidden], layer)
+    return stack.final_norm(hidden)
+
+
+@torch.no_grad()
+def pruned_hidden_states(stack: Stack, keep: Mapping[str, NDArray[np.int64]], ids: TokenIds) -> Hidden:
+    """Return what the pruned model's head would read, each layer sliced for its own call only."""
+    slicer = Slicer(stack.architecture.sites(), keep)
+    hidden = stack.embed(ids)
+    arguments = stack.layer_arguments(hidden)
+    for layer in range(stack.num_layers):
+        sliced = {name: slicer.apply(name, weight) for name, weight in stack.layer_weights(layer).items()}
+        hidden = stack.run_layer(layer, hidden, arguments[layer], sliced)
+    return stack.final_norm(hidden)
+
+
+def kl_divergence(stack: Stack, keep: Mapping[str, NDArray[np.int64]], ids: TokenIds, dense: Hidden) -> float:
+    """Return KL(dense‖pruned) on held-out sequences.
+
+    Args:
+        keep: Kept units by site name.
+        ids: Held-out sequences.
+        dense: `dense_hidden_states` of the same sequences.
+
+    Returns:
+        Mean over all positions, in nats a token.
+
+    Source: NIRVANA (arXiv 2509.14230), calibration selection.
+    """
+    pruned = pruned_hidden_states(stack, keep, ids)
+    return head_divergence(dense.flatten(0, 1), pruned.flatten(0, 1), stack.head_weight())
+
+
+@torch.no_grad()
+def head_divergence(
+    dense: Float[Tensor, "positions hidden"],
+    pruned: Float[Tensor, "positions hidden"],
+    head: Float[Tensor, "vocab hidden"],
+) -> float:
+    """Return the mean KL between the distributions that one head gives for two sets of hidden states.
+
+    With z, y the dense and pruned logits: KL = Σ_v P(v)·(z_v − y_v) − logsumexp(z) + logsumexp(y).
+
+    Returns:
+        Nats a position. Row sums are kept in float64.
+    """
+    blocks = [slice(start, start + POSITION_CHUNK) for start in range(0, dense.shape[0], POSITION_CHUNK)]
+    states = [_RunningKL(dense[block], pruned[block]) for block in blocks]
+    for start in range(0, head.shape[0], VOCAB_CHUNK):
+        rows = head[start : start + VOCAB_CHUNK].to(device=dense.device, dtype=torch.float32)
+        for state in states:
+            state.add(rows)
+    return float(torch.cat([state.result() for state in states]).mean())
+
+
+class _RunningKL:
+    """KL of a block of positions over the vocabulary chunks seen so far."""
+
+    def __init__(self, dense: Tensor, pruned: Tensor):
+        self._dense, self._pruned = dense, pruned
+        # The pruned distribution needs only its normaliser, the dense one also Σ exp(z − peak)·(z − y).
+        zeros = torch.zeros(dense.shape[0], dtype=torch.float64, device=dense.device)
+        lowest = torch.full_like(zeros, -torch.inf)
+        self._dense_peak, self._dense_sum, self._difference = lowest, zeros, zeros
+        self._pruned_peak, self._pruned_sum = lowest, zeros
+
+    def add(self, rows: Tensor) -> None:
+        z, y = self._dense @ rows.T, self._pruned @ rows.T
+        peak = torch.maximum(self._dense_peak, z.amax(dim=1).double())
+        weight = torch.exp(z - peak.float()[:, None])
+        # what was summed relative to the old peak, rescaled to the new one
+        shrink = torch.exp(self._dense_peak - peak.float().double())
+        self._dense_sum = self._dense_sum * shrink + weight.sum(dim=1, dtype=torch.float64)
+        z -= y
+        self._difference = self._difference * shrink + torch.linalg.vecdot(weight, z).double()
+        self._dense_peak = peak.float().double()
+        peak = torch.maximum(self._pruned_peak, y.amax(dim=1).double())
+        y -= peak.float()[:, None]
+        self._pruned_sum = self._pruned_sum * torch.exp(self._pruned_peak - peak) + y.exp_().sum(dim=1).double()
+        self._pruned_peak = peak
+
+    def result(self) -> Float[Tensor, " positions"]:
+        dense_normaliser = self._dense_peak + torch.log(self._dense_sum)
+        pruned_normaliser = self._pruned_peak + torch.log(self._pruned_sum)
+        return self._difference / self._dense_sum - dense_normaliser + pruned_normaliser

@@ -1,0 +1,181 @@
+"""Allocation: hand-computed cases first, then what must hold for any saliency."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nirvana.allocation import achieved_ratio, allocate
+from nirvana.architectures.site import Site, Slot
+from nirvana.errors import InputError
+
+
+def make_sites(layers=2, groups=2, neurons=8, group_weights=12, neuron_weights=3):
+    sites = []
+    for layer in range(layers):
+        kv = Slot(f"{layer}.q", 0, group_weights, 1)
+        mlp = Slot(f"{layer}.up", 0, 1, neuron_weights)
+        sites.append(Site(f"layers.{layer}.kv_group", "attention", layer, groups, (kv,)))
+        sites.append(Site(f"layers.{layer}.mlp_neuron", "mlp", layer, neurons, (mlp,)))
+    return tuple(sites)
+
+
+def ascending(sites):
+    """Saliency that grows with layer and index: the first units leave first."""
+    return {s.name: (np.arange(s.units) + 100.0 * s.layer).astype(np.float32) for s in sites}
+
+
+def ratio(sites, keep):
+    return achieved_ratio(sites, {name: len(kept) for name, kept in keep.items()})["total"]
+
+
+def test_exact_by_hand():
+    """2 layers of 2 groups (12 weights) and 8 neurons (3): A = 48, M = 48, r = 0.5, gamma = 1.
+
+    Both rates are 0.5. Groups: floor(0.5·4) = 2 leave; the best of each layer is protected, so group 0 of both goes.
+    Neurons: 48 − 24 = 24 weights = 8 neurons leave: all of layer 0 would, but one block of 2 must stay there, so the
+    cut goes on into layer 1, in blocks of 2.
+    """
+    sites = make_sites()
+    keep = allocate(sites, ascending(sites), 0.5, 1.0, round_to=2)
+    assert keep["layers.0.kv_group"].tolist() == [1]
+    assert keep["layers.1.kv_group"].tolist() == [1]
+    assert keep["layers.0.mlp_neuron"].tolist() == [6, 7]
+    assert keep["layers.1.mlp_neuron"].tolist() == [2, 3, 4, 5, 6, 7]
+    assert ratio(sites, keep) == 0.5
+
+
+def test_published_by_hand():
+    """Same sites: the threshold takes all of layer 0's groups, so its *last* stays; nothing makes up for it."""
+    sites = make_sites()
+    saliency = ascending(sites)
+    saliency["layers.0.kv_group"] = np.array([5.0, 1.0], dtype=np.float32)
+    keep = allocate(sites, saliency, 0.5, 1.0, round_to=2, rule="published")
+    assert keep["layers.0.kv_group"].tolist() == [1]  # the best would be 0
+    assert keep["layers.1.kv_group"].tolist() == [0, 1]
+    assert keep["layers.0.mlp_neuron"].tolist() == [6, 7]
+    assert keep["layers.1.mlp_neuron"].tolist() == list(range(8))
+    assert ratio(sites, keep) == pytest.approx((12 + 18) / 96)
+
+
+def test_published_ties_leave_together():
+    sites = make_sites(layers=1, groups=4, neurons=8)
+    saliency = {s.name: np.ones(s.units, dtype=np.float32) for s in sites}
+    keep = allocate(sites, saliency, 0.25, 1.0, round_to=2, rule="published")
+    assert keep["layers.0.kv_group"].tolist() == [3]
+    assert len(keep["layers.0.mlp_neuron"]) == 2
+    exact = allocate(sites, saliency, 0.25, 1.0, round_to=2)
+    assert len(exact["layers.0.kv_group"]) == 3
+
+
+def test_gamma_is_the_quotient_of_the_rates():
+    sites = make_sites(layers=4, groups=1000, neurons=2000)
+    keep = allocate(sites, ascending(sites), 0.2, 4.0, round_to=1)
+    achieved = achieved_ratio(sites, {n: len(k) for n, k in keep.items()})
+    assert achieved["mlp"] / achieved["attention"] == pytest.approx(4.0, rel=0.02)
+
+
+def test_capped_rate_is_made_up_by_the_other():
+    """One KV group a layer: attention cannot give anything, the neurons give all."""
+    sites = make_sites(layers=3, groups=1, neurons=100, group_weights=30)
+    keep = allocate(sites, ascending(sites), 0.5, 0.1, round_to=1)
+    assert all(len(keep[f"layers.{i}.kv_group"]) == 1 for i in range(3))
+    assert ratio(sites, keep) == pytest.approx(0.5, abs=3 / (3 * 330))
+
+
+def test_unreachable_ratio_names_the_reachable():
+    sites = make_sites(layers=1, groups=1, neurons=8, group_weights=12)  # 36 weights, 6 neurons of 3 may leave
+    with pytest.raises(InputError, match=r"0\.6 cannot be reached.*at most 0\.5 "):
+        allocate(sites, ascending(sites), 0.6, 1.0, round_to=2)
+    assert ratio(sites, allocate(sites, ascending(sites), 0.5, 1.0, round_to=2)) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pruning_ratio": 1.0}, "0 <= ratio < 1, got 1.0"),
+        ({"pruning_ratio": -0.1}, "0 <= ratio < 1"),
+        ({"gamma": 0.0}, "above 0, got 0.0"),
+        ({"gamma": float("inf")}, "finite"),
+        ({"round_to": 9}, "expected 1 to 8 .*layer 0.*got 9"),
+        ({"scope": "uniform", "rule": "published"}, "scope global only"),
+    ],
+)
+def test_bad_requests_are_refused(change, message):
+    sites = make_sites()
+    request = {"pruning_ratio": 0.2, "gamma": 1.0, "round_to": 2} | change
+    with pytest.raises(InputError, match=message):
+        allocate(sites, ascending(sites), **request)
+
+
+def test_foreign_saliency_is_refused():
+    sites = make_sites()
+    saliency = ascending(sites)
+    saliency["layers.1.mlp_neuron"] = saliency["layers.1.mlp_neuron"][:-1]
+    with pytest.raises(InputError, match="expected 8 finite saliency values"):
+        allocate(sites, saliency, 0.2, 1.0)
+
+
+def test_ratio_zero_keeps_everything():
+    sites = make_sites(neurons=9)
+    keep = allocate(sites, ascending(sites), 0.0, 3.0, round_to=4)
+    assert all(len(keep[s.name]) == s.units for s in sites)
+
+
+def test_uniform_by_hand_takes_loadable_counts():
+    sites = make_sites(layers=2, groups=4, neurons=16)
+    saliency = ascending(sites)
+    keep = allocate(sites, saliency, 0.5, 1.0, round_to=2, scope="uniform", loadable_kv_groups=lambda k: k != 2)
+    counts = {s.name: len(keep[s.name]) for s in sites}
+    assert counts["layers.0.kv_group"] == counts["layers.1.kv_group"] == 3  # 2 wanted, 1 and 3 as near: more stay
+    assert counts["layers.0.mlp_neuron"] == counts["layers.1.mlp_neuron"] == 4
+    assert keep["layers.0.kv_group"].tolist() == [1, 2, 3]  # the best stay
+    assert ratio(sites, keep) == 0.5
+
+
+shapes = st.fixed_dictionaries(
+    {
+        "layers": st.integers(1, 5),
+        "groups": st.integers(1, 8),
+        "neurons": st.integers(8, 70),
+        "group_weights": st.integers(1, 60),
+        "neuron_weights": st.integers(1, 12),
+    }
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    shape=shapes,
+    pruning_ratio=st.floats(0, 0.99),
+    gamma=st.floats(0.05, 20),
+    round_to=st.sampled_from([1, 2, 8]),
+    seed=st.integers(0, 1000),
+    ties=st.booleans(),
+    scope=st.sampled_from(["global", "uniform"]),
+)
+def test_ratio_is_met_or_refused(shape, pruning_ratio, gamma, round_to, seed, ties, scope):
+    sites = make_sites(**shape)
+    generator = np.random.default_rng(seed)
+    saliency = {
+        s.name: (generator.integers(0, 3, s.units) if ties else generator.lognormal(0, 3, s.units)).astype(np.float32)
+        for s in sites
+    }
+    try:
+        keep = allocate(sites, saliency, pruning_ratio, gamma, round_to, scope=scope)
+    except InputError as error:
+        assert "cannot be reached" in str(error)
+        return
+    total = sum(site.weights for site in sites)
+    blocks = 1 if scope == "global" else shape["layers"]
+    # the last block of a layer may be smaller than round_to: a layer keeps all of it or none
+    assert abs(ratio(sites, keep) - pruning_ratio) * total <= blocks * round_to * shape["neuron_weights"] + 1e-6
+    for site in sites:
+        kept = keep[site.name]
+        assert len(kept) >= 1
+        assert (np.diff(kept) > 0).all()
+        if site.module == "mlp":
+            assert len(kept) % round_to == 0 or len(kept) == site.units
+        # within a site no unit that left is better than one that stays
+        gone = np.setdiff1d(np.arange(site.units), kept)
+        if len(gone):
+            assert saliency[site.name][gone].max() <= saliency[site.name][kept].min()

@@ -1,0 +1,160 @@
+"""Pruned checkpoints load where a user would load them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nirvana.plan import Plan
+from nirvana.surgery import prune
+from nirvana.walk import Stack
+from nirvana.weights import model_digest
+from tiny import masked_dense, random_ids, random_keep, save_family, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+
+
+def make_checkpoint(name, root: Path, uniform=False):
+    model = save_family(name, root / "dense")
+    tiny_tokenizer().save_pretrained(model)
+    sites = Stack.open(model).architecture.sites()
+    keep = random_keep(sites)
+    if not uniform:
+        keep["layers.1.kv_group"] = np.arange(2)
+        keep["layers.2.mlp_neuron"] = np.arange(5, 40)
+    plan = Plan.build(
+        sites,
+        keep,
+        model_digest=model_digest(model),
+        model_type=name,
+        calibration_digest="sha256:none",
+        parameters={"pruning_ratio": 0.4},
+    )
+    prune(model, plan, root / "pruned")
+    return root / "pruned", keep
+
+
+def run_elsewhere(code: str, cwd: Path) -> str:
+    """Run code in a clean process that cannot import nirvana: `-S`-like isolation by blocking the name."""
+    blocked = "import sys; sys.modules['nirvana'] = None\n"
+    environment = os.environ | {"HF_HOME": str(cwd / "hf"), "PYTHONPATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", blocked + code], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+GREEDY = """
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("pruned", trust_remote_code={trust}).eval()
+ids = torch.tensor([{ids}])
+print(type(model).__module__.split(".")[0], type(model).__name__)
+print(model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)[0].tolist())
+model.save_pretrained("again")
+again = AutoModelForCausalLM.from_pretrained("again", trust_remote_code={trust}).eval()
+print(torch.equal(again(ids).logits, model(ids).logits))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_loads_without_nirvana_when_code_is_trusted(name, tmp_path):
+    _, keep = make_checkpoint(name, tmp_path)
+    ids = random_ids(1, 5)
+    out = run_elsewhere(GREEDY.format(trust=True, ids=ids[0].tolist()), tmp_path).splitlines()
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = masked_dense(tmp_path / "dense", keep).generate(ids, **settings)[0].tolist()
+    assert out[0].startswith("transformers_modules Nirvana")
+    assert out[1:] == [str(expected), "True"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_uniform_loads_in_stock_classes_without_a_flag(name, tmp_path):
+    checkpoint, keep = make_checkpoint(name, tmp_path, uniform=True)
+    assert not (checkpoint / "modeling_nirvana.py").exists()
+    ids = random_ids(1, 5)
+    out = run_elsewhere(GREEDY.format(trust=False, ids=ids[0].tolist()), tmp_path).splitlines()
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = masked_dense(tmp_path / "dense", keep).generate(ids, **settings)[0].tolist()
+    assert out[0].startswith("transformers ") and not out[0].endswith("Nirvana")
+    assert out[1:] == [str(expected), "True"]
+
+
+def test_code_is_not_run_without_the_flag(tmp_path):
+    make_checkpoint("llama", tmp_path)
+    blocked = "import sys; sys.modules['nirvana'] = None\n"
+    code = "from transformers import AutoModelForCausalLM as A; A.from_pretrained('pruned', trust_remote_code=False)"
+    done = subprocess.run([sys.executable, "-c", blocked + code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "trust_remote_code" in done.stderr or "nirvana_llama" in done.stderr
+
+
+def test_import_nirvana_suffices_in_either_order(tmp_path):
+    make_checkpoint("llama", tmp_path)
+    load = "transformers.AutoModelForCausalLM.from_pretrained('pruned'); print(type(m).__module__)"
+    for imports in ("import nirvana, transformers", "import transformers; transformers.AutoConfig; import nirvana"):
+        code = f"{imports}; m = {load}"
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        assert done.stdout.strip() == "nirvana.checkpoint.modeling_nirvana", done.stderr
+
+
+def test_import_nirvana_is_light():
+    code = "import nirvana, sys; print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_save_and_load_is_exact(tmp_path):
+    checkpoint, _ = make_checkpoint("qwen3", tmp_path)
+    ids = random_ids(2, 9)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.slow
+def test_lora_trains_on_it(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    checkpoint, _ = make_checkpoint("llama", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    ids = random_ids(4, 12)
+    lora = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
+    optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = lora(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    lora.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged(input_ids=ids, labels=ids).loss.item() < losses[0]
+
+
+@pytest.mark.slow
+def test_lm_eval_judges_it(tmp_path):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    checkpoint, keep = make_checkpoint("llama", tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    request = Instance("loglikelihood", {}, ("The great nation", " protects the river."), 0)
+
+    def loglikelihood(model):
+        judge = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu", max_length=128)
+        return judge.loglikelihood([request], disable_tqdm=True)[0][0]
+
+    pruned = loglikelihood(AutoModelForCausalLM.from_pretrained(checkpoint).eval())
+    assert pruned == pytest.approx(loglikelihood(masked_dense(tmp_path / "dense", keep)), abs=1e-4)

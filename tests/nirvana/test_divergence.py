@@ -1,0 +1,52 @@
+"""KL of a plan against the KL of the built model, computed from full log-probabilities."""
+
+import pytest
+import torch
+from nirvana.divergence import dense_hidden_states, head_divergence, kl_divergence
+from nirvana.walk import Stack
+from tiny import masked_dense, random_ids, random_keep, save_family
+from transformers import AutoModelForCausalLM
+
+
+def naive_kl(dense, pruned, ids):
+    with torch.no_grad():
+        p, q = (model(ids).logits.double().log_softmax(dim=-1) for model in (dense, pruned))
+    return (p.exp() * (p - q)).sum(dim=-1).mean().item()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral-sliding"])
+def test_equals_kl_of_the_built_model(name, tmp_path):
+    stack = Stack.open(save_family(name, tmp_path))
+    keep, ids = random_keep(stack.architecture.sites()), random_ids(3, 15)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    expected = naive_kl(dense, masked_dense(tmp_path, keep), ids)
+    value = kl_divergence(stack, keep, ids, dense_hidden_states(stack, ids))
+    assert expected > 0.1
+    assert value == pytest.approx(expected, abs=1e-5)
+
+
+def test_nothing_pruned_costs_nothing(tmp_path):
+    stack = Stack.open(save_family("llama", tmp_path))
+    ids = random_ids(2, 9)
+    keep = random_keep(stack.architecture.sites(), share=1.0)
+    assert kl_divergence(stack, keep, ids, dense_hidden_states(stack, ids)) == pytest.approx(0, abs=1e-7)
+
+
+def test_head_divergence_by_hand():
+    """Logits (ln 3, 0) against (0, 0): P = (3/4, 1/4), Q = (1/2, 1/2), KL = 3/4·ln(3/2) + 1/4·ln(1/2)."""
+    head = torch.tensor([[1.0], [0.0]])
+    value = head_divergence(torch.tensor([[3.0]]).log(), torch.zeros(1, 1), head)
+    assert value == pytest.approx(0.75 * torch.tensor(1.5).log().item() - 0.25 * torch.tensor(2.0).log().item())
+
+
+def test_chunks_do_not_matter(monkeypatch):
+    """Large logits, chunks that do not divide the vocabulary: the running normalisers must rescale."""
+    generator = torch.Generator().manual_seed(0)
+    dense, pruned = (torch.randn(7, 4, generator=generator) * 20 for _ in range(2))
+    head = torch.randn(101, 4, generator=generator)
+    p, q = ((h.double() @ head.double().T).log_softmax(dim=-1) for h in (dense, pruned))
+    expected = (p.exp() * (p - q)).sum(dim=-1).mean().item()
+    for chunk in (3, 10, 101, 500):
+        monkeypatch.setattr("nirvana.divergence.VOCAB_CHUNK", chunk)
+        monkeypatch.setattr("nirvana.divergence.POSITION_CHUNK", 2)
+        assert head_divergence(dense, pruned, head) == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,115 @@
+"""Saliency against a hand-computed case and against naive code that holds every gradient and all logits."""
+
+import pytest
+import torch
+from nirvana.architectures.site import Site, Slot
+from nirvana.errors import InputError
+from nirvana.objective import head_maxima
+from nirvana.saliency import channel_key, channel_saliency, unit_saliency
+from nirvana.walk import Stack
+from safetensors.torch import load_file, save_file
+from tiny import family_configs, random_ids, save_family
+from transformers import AutoModelForCausalLM
+
+
+def naive_objective(logits):
+    """f = 1/(B·V) · Σ_b Σ_v max_t z[b,t,v], from full logits."""
+    batch, _, vocab = logits.shape
+    return logits.max(dim=1).values.sum() / (batch * vocab)
+
+
+def naive_saliency(path, ids):
+    """|W · ∂f/∂W| of every parameter from one ordinary backward pass."""
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    objective = naive_objective(model(ids).logits)
+    objective.backward()
+    return objective.item(), {n: (p * p.grad).abs().detach() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", sorted(family_configs()))
+def test_equals_naive_full_gradient(name, tmp_path):
+    save_family(name, tmp_path)
+    stack, ids = Stack.open(tmp_path), random_ids(5, 12)
+    objective, saliency = naive_saliency(tmp_path, ids)
+    result = channel_saliency(stack, ids, microbatch=2)
+    assert result.objective == pytest.approx(objective, rel=1e-5)
+    expected = {
+        channel_key(slot): saliency[slot.parameter].sum(dim=1 - slot.dim)
+        for site in stack.architecture.sites()
+        for slot in site.weight_slots
+    }
+    assert result.sums.keys() == expected.keys()
+    for key, vector in expected.items():
+        torch.testing.assert_close(result.sums[key], vector, rtol=1e-4, atol=1e-4 * float(vector.max()))
+
+
+@pytest.mark.parametrize("microbatch", [1, 3, 6])
+def test_microbatch_changes_nothing(microbatch, tmp_path):
+    stack, ids = Stack.open(save_family("llama", tmp_path)), random_ids(6, 9)
+    whole, parts = (channel_saliency(stack, ids, size) for size in (6, microbatch))
+    assert parts.objective == pytest.approx(whole.objective, rel=1e-6)
+    for key, vector in whole.sums.items():
+        torch.testing.assert_close(parts.sums[key], vector, rtol=1e-4, atol=1e-4 * float(vector.max()))
+
+
+def test_absolute_value_follows_the_sum_over_the_set(tmp_path):
+    """The trap: |·| per sequence gives other values than |·| of the summed gradient."""
+    stack, ids = Stack.open(save_family("llama", tmp_path)), random_ids(4, 9)
+    together = channel_saliency(stack, ids, 1).sums
+    one_by_one = [channel_saliency(stack, ids[i : i + 1], 1).sums for i in range(4)]
+    key = "model.layers.0.mlp.up_proj.weight:0"
+    added = sum(sums[key] for sums in one_by_one) / 4
+    assert (added > together[key] * 1.01).any()
+
+
+def test_objective_head_by_hand():
+    """One sequence, two positions, three vocabulary entries."""
+    head = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    hidden = torch.tensor([[[1.0, 0.0], [0.0, 3.0]]])
+    # logits: position 0 -> (1, 0, 1), position 1 -> (0, 3, 3); maxima 1, 3, 3 at positions 0, 1, 1
+    value, gradient = head_maxima(hidden, head, vocab_chunk=2)
+    assert value == 7.0
+    assert gradient.tolist() == [[[1.0, 0.0], [1.0, 2.0]]]
+
+
+def test_ties_go_to_one_position():
+    _, gradient = head_maxima(torch.ones(1, 4, 2), torch.ones(1, 2))
+    assert sorted(gradient.sum(dim=2).flatten().tolist()) == [0.0, 0.0, 0.0, 2.0]
+
+
+def test_unit_saliency_by_hand():
+    site = Site(
+        "layers.0.kv_group",
+        "attention",
+        0,
+        2,
+        (Slot("q", 0, 2, 5), Slot("k", 0, 1, 5), Slot("k.bias", 0, 1, 1, is_bias=True)),
+    )
+    sums = {"q:0": torch.tensor([1.0, 2.0, 3.0, 4.0]), "k:0": torch.tensor([10.0, 20.0])}
+    assert unit_saliency([site], sums)["layers.0.kv_group"].tolist() == [13.0, 27.0]
+
+
+def test_not_finite_gradient_names_the_parameter(tmp_path):
+    save_family("llama", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 0] = float("inf")
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.layers\.\d\..*finite gradient"):
+        channel_saliency(Stack.open(tmp_path), random_ids(2, 5))
+
+
+def test_token_out_of_range_is_refused(tmp_path):
+    stack = Stack.open(save_family("llama", tmp_path))
+    with pytest.raises(InputError, match="below the model's vocabulary size 512, got 0 to 512"):
+        channel_saliency(stack, torch.tensor([[0, 512]]))
+
+
+def test_bf16_weights_compute_in_float32(tmp_path):
+    save_family("llama", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "bf16")
+    ids = random_ids(2, 8)
+    model.float().save_pretrained(tmp_path / "fp32")
+    stored, upcast = (channel_saliency(Stack.open(tmp_path / d), ids).sums for d in ("bf16", "fp32"))
+    for key, vector in upcast.items():
+        assert torch.equal(stored[key], vector)
