@@ -17,6 +17,7 @@ _EXPORTS = {
     "channel_saliency": "nirvana.saliency",
     "dense_hidden_states": "nirvana.divergence",
     "kl_divergence": "nirvana.divergence",
+    "model_digest": "nirvana.weights",
     "prune": "nirvana.surgery",
     "unit_saliency": "nirvana.saliency",
 }

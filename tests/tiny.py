@@ -3,9 +3,24 @@
 import random
 from pathlib import Path
 
-_NOUNS = "river law nation treaty harbor citizen army budget railway farmer court election senate ocean".split()
-_VERBS = "protects divides improves carries measures defends rewards governs opens repairs".split()
-_ADJECTIVES = "great public foreign quiet honest new western annual civil steady".split()
+_NOUNS = [
+    "river",
+    "law",
+    "nation",
+    "treaty",
+    "harbor",
+    "citizen",
+    "army",
+    "budget",
+    "railway",
+    "farmer",
+    "court",
+    "election",
+    "senate",
+    "ocean",
+]
+_VERBS = ["protects", "divides", "improves", "carries", "measures", "defends", "rewards", "governs", "opens", "repairs"]
+_ADJECTIVES = ["great", "public", "foreign", "quiet", "honest", "new", "western", "annual", "civil", "steady"]
 
 
 def tiny_sentence(generator: random.Random) -> str:
@@ -42,9 +57,7 @@ def tiny_tokenizer():
     )
     generator = random.Random(0)
     tokenizer.train_from_iterator([tiny_sentence(generator) for _ in range(400)], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=512
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=512)
 
 
 def tiny_llama(path: Path, seed: int = 0, **overrides: object) -> Path:
@@ -155,8 +168,9 @@ def random_keep(sites, seed: int = 0, share: float = 0.6):
 def masked_dense(path: Path, keep, eager: bool = False):
     """Return the dense model with the parameters of all other units set to zero: the reference for pruning."""
     import torch
-    from nirvana.walk import Stack
     from transformers import AutoModelForCausalLM
+
+    from nirvana.walk import Stack
 
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager" if eager else "sdpa").eval()
     parameters = dict(model.named_parameters())

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from nirvana.allocation import achieved_ratio, allocate
 from nirvana.architectures.site import Site, Slot
 from nirvana.errors import InputError

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import masked_dense, random_ids, random_keep, save_family, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from nirvana.plan import Plan
 from nirvana.surgery import prune
 from nirvana.walk import Stack
 from nirvana.weights import model_digest
-from tiny import masked_dense, random_ids, random_keep, save_family, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from nirvana.divergence import dense_hidden_states, head_divergence, kl_divergence
-from nirvana.walk import Stack
 from tiny import masked_dense, random_ids, random_keep, save_family
 from transformers import AutoModelForCausalLM
+
+from nirvana.divergence import dense_hidden_states, head_divergence, kl_divergence
+from nirvana.walk import Stack
 
 
 def naive_kl(dense, pruned, ids):

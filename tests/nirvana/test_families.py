@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from tiny import family_configs, masked_dense, random_ids, random_keep, save_family
+from transformers import AutoModelForCausalLM, GPT2Config
+
 from nirvana.architectures.registry import FAMILIES, architecture_for, read_config
 from nirvana.divergence import pruned_hidden_states
 from nirvana.errors import InputError
@@ -10,8 +13,6 @@ from nirvana.plan import Plan
 from nirvana.surgery import prune
 from nirvana.walk import Stack
 from nirvana.weights import model_digest
-from tiny import family_configs, masked_dense, random_ids, random_keep, save_family
-from transformers import AutoModelForCausalLM, GPT2Config
 
 NAMES = sorted(family_configs())
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import family_configs, random_keep
+
 from nirvana.architectures.registry import architecture_for
 from nirvana.errors import InputError
 from nirvana.plan import Plan, from_ranges, to_ranges
-from tiny import family_configs, random_keep
 
 
 @pytest.fixture
@@ -39,7 +40,9 @@ def test_ranges_round_trip(indices):
     assert from_ranges(to_ranges(sorted(indices)), 301).tolist() == sorted(indices)
 
 
-@pytest.mark.parametrize("text", ["", "3-1", "0,0", "2,1", "0-9", "9", "a", "0-", "-1", "0;1", "1e3", "٣", "0-99999999999999"])
+@pytest.mark.parametrize(
+    "text", ["", "3-1", "0,0", "2,1", "0-9", "9", "a", "0-", "-1", "0;1", "1e3", "٣", "0-99999999999999"]
+)
 def test_bad_ranges_are_refused(text):
     with pytest.raises(InputError, match="keep: expected"):
         from_ranges(text, 9)

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tiny import family_configs, random_ids, save_family
+from transformers import AutoModelForCausalLM
+
 from nirvana.architectures.site import Site, Slot
 from nirvana.errors import InputError
 from nirvana.objective import head_maxima
 from nirvana.saliency import channel_key, channel_saliency, unit_saliency
 from nirvana.walk import Stack
-from safetensors.torch import load_file, save_file
-from tiny import family_configs, random_ids, save_family
-from transformers import AutoModelForCausalLM
 
 
 def naive_objective(logits):

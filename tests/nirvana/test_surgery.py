@@ -7,14 +7,15 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from tiny import random_keep, save_family, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
 from nirvana.errors import InputError
 from nirvana.plan import Plan
 from nirvana.surgery import prune
 from nirvana.walk import Stack
 from nirvana.weights import model_digest
-from safetensors.torch import load_file
-from tiny import random_keep, save_family, tiny_tokenizer
-from transformers import AutoModelForCausalLM
 
 
 def plan_for(model, seed=0, share=0.6):

@@ -1,0 +1,48 @@
+# make run · make test · make lint · make ui · make bench · make clean
+# Everything runs in .venv, which is made from constraints.txt on first use.
+
+PYTHON ?= python3
+PREFECT_PORT ?= 4200
+MLFLOW_PORT ?= 5000
+
+BIN := .venv/bin
+READY := .venv/.ready
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := run
+.PHONY: run test lint ui bench clean setup
+
+run: $(READY)  ## set up, run the main job, print where everything is
+	@$(BIN)/python -m flows.pipeline
+
+test: $(READY)  ## every test, the slow ones included
+	@$(BIN)/python -m pytest
+
+lint: $(READY)  ## lint, format, types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+ui: $(READY)  ## the Prefect and MLflow pages on loopback, until Ctrl-C
+	@$(BIN)/python -m flows.server --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
+
+bench: $(READY)  ## our numbers against their limits, into reports/bench/
+	@$(BIN)/python -m benchmarks
+
+setup: $(READY)  ## only the environment
+
+# pip is silent for minutes; a dot every five seconds says that it works
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || \
+		{ echo "error: expected Python 3.11 or 3.12, got $$($(PYTHON) --version 2>&1); run make PYTHON=python3.11" >&2; exit 2; }
+	@echo "setting up .venv: a few minutes, about 2.3 GB"
+	@start=$$SECONDS; \
+	(while sleep 5; do printf .; done) & dots=$$!; trap 'kill $$dots 2>/dev/null || true' EXIT; \
+	$(PYTHON) -m venv --clear .venv; \
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[pipeline,dev]'; \
+	touch $@; \
+	echo " set-up: $$((SECONDS - start)) s"
+
+clean:  ## what the steps made; the environment, DVC's cache and the histories stay
+	rm -rf data artifacts .cache build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find reports -mindepth 1 ! -name .gitkeep -delete

@@ -1,0 +1,1 @@
+"""Orchestration: which step after which, retries, schedules. No tensors. This file holds none of it."""

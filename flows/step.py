@@ -1,0 +1,176 @@
+"""Have DVC bring one step up to date, and tell what happened: it ran, it was up to date, or it failed."""
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+
+from tasks.process import ERROR_PREFIX, log_file, read_record
+
+_LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO|WARNING|ERROR|CRITICAL) (.*)$")
+
+Logger = logging.Logger | logging.LoggerAdapter
+
+
+class StepFailedError(Exception):
+    """A step failed; the message is its one-line cause."""
+
+
+def bring_up_to_date(name: str, logger: Logger, wait_seconds: float, force: bool = False) -> bool:
+    """Run, restore or leave one step, as DVC sees fit.
+
+    Args:
+        name: The step.
+        logger: Where its log lines go while it runs.
+        wait_seconds: How long to wait for other processes that hold the step's files.
+        force: Run even if DVC sees no change.
+
+    Returns:
+        True if the step's code ran, False if its outputs were there or came back from DVC's run-cache.
+
+    Raises:
+        StepFailedError: If the step or DVC failed.
+    """
+    token = _token(name)
+    try:
+        with _followed(name, token, logger):
+            _reproduce(name, logger, wait_seconds, force)
+    except StepFailedError:
+        raise
+    except Exception as error:
+        raise StepFailedError(_cause(name, token, error)) from error
+    except BaseException:  # cancelled: DVC has freed its lock, so the step must not write any more
+        kill_steps()
+        raise
+    return _token(name) != token
+
+
+def kill_steps() -> None:
+    """Kill the step processes that this process started, and theirs."""
+    for child in psutil.Process().children():
+        try:
+            if child.cmdline()[1:3] == ["-m", "tasks"]:
+                for process in [*child.children(recursive=True), child]:
+                    process.kill()
+                child.wait(10)
+        except (psutil.Error, IndexError):
+            continue
+
+
+def _reproduce(name: str, logger: Logger, wait_seconds: float, force: bool) -> None:
+    """Call DVC until nobody else holds the step's files.
+
+    The repository's own lock is held for moments and waited for inside DVC (`_wait_for_lock`): giving up on it
+    after the step ran would lose the run.
+    """
+    from dvc.repo import Repo
+
+    logging.getLogger("dvc").setLevel(logging.WARNING)  # that a stage runs is what the task itself says
+    deadline = time.monotonic() + wait_seconds
+    pause = 1.0
+    while True:
+        try:
+            with Repo(".", _wait_for_lock=True) as repo:
+                repo.reproduce(name, single_item=True, force=force)
+            return
+        except Exception as error:
+            holder = _lock_holder(error)
+            if holder is None:
+                raise
+            if time.monotonic() + pause > deadline:
+                raise StepFailedError(
+                    f"{name} waited {wait_seconds:.0f} s for {holder}; stop it or run the same command later"
+                ) from error
+            logger.warning("waiting for %s, which holds the files of %s; next try in %.0f s", holder, name, pause)
+        time.sleep(pause)
+        pause = min(pause * 2, 30.0)
+
+
+def _lock_holder(error: BaseException) -> str | None:
+    """Return who holds the lock if that is what DVC complains about."""
+    from dvc.lock import LockError
+
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, LockError):
+        found = found.__cause__
+    if found is None:
+        return None
+    found_holders = re.findall(r"\(PID (\d+)\): (.*)", str(found))
+    holders = sorted({f"process {pid} ({command.strip()})" for pid, command in found_holders})
+    return ", ".join(holders) or "another DVC process"
+
+
+def _token(name: str) -> str | None:
+    return (read_record(name) or {}).get("token")
+
+
+def _cause(name: str, token: str | None, error: Exception) -> str:
+    """Return the last `error:` line of the step's log if it ran, else what DVC says."""
+    if _token(name) != token:
+        log = log_file(name)
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+        for line in reversed(lines):
+            _, found, message = line.partition(f" ERROR {ERROR_PREFIX}")
+            if found:
+                return message
+    # DVC wraps: the innermost error says it best
+    innermost: BaseException = error
+    while innermost.__cause__ is not None:
+        innermost = innermost.__cause__
+    text = " ".join(str(innermost).split())
+    if re.search(r"exited with -9$", text):
+        return f"{name} was killed (signal 9), perhaps for lack of memory; run the same command again"
+    return f"{name}: {text or type(innermost).__name__}"
+
+
+@contextmanager
+def _followed(name: str, token: str | None, logger: Logger) -> Iterator[None]:
+    """Pass the step's log lines on to `logger` while the step runs."""
+    done = threading.Event()
+    follower = threading.Thread(target=_follow, args=(name, token, logger, done), name=f"log of {name}", daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        done.set()
+        follower.join(timeout=10)
+
+
+def _follow(name: str, token: str | None, logger: Logger, done: threading.Event) -> None:
+    started = False
+    offset = 0
+    while True:
+        last = done.wait(0.3)
+        # the log of an earlier run is not news: its token is the old one
+        started = started or _token(name) != token
+        if started:
+            offset = _pass_on(name, offset, logger, last)
+        if last:
+            return
+
+
+def _pass_on(name: str, offset: int, logger: Logger, last: bool) -> int:
+    try:
+        with log_file(name).open("rb") as file:
+            file.seek(offset)
+            content = file.read()
+    except OSError:
+        return offset
+    # a line that is being written stays for the next look
+    complete = content if last else content[: content.rfind(b"\n") + 1]
+    for line in complete.decode("utf-8", errors="replace").splitlines():
+        _emit(line, logger)
+    return offset + len(complete)
+
+
+def _emit(line: str, logger: Logger) -> None:
+    found = _LOG_LINE.match(line)
+    level: Any = logging.getLevelName(found.group(1)) if found else logging.INFO
+    message = found.group(2) if found else line
+    if message.strip():
+        logger.log(level, "%s", message)

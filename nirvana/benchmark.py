@@ -1,0 +1,190 @@
+"""Speed of a pruned model beside its dense one, measured in turns in one process, against what its size allows.
+
+The floor of a ratio: prefill is bound by arithmetic, so its latency cannot fall below the ratio of FLOPs; decoding is
+bound by reading weights, so its latency cannot fall below the ratio of their bytes. Both are rules of thumb: caches and
+kernels that like one shape better than another move a measured ratio to either side.
+"""
+
+import platform
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from nirvana.footprint import (
+    checkpoint_bytes,
+    count_parameters,
+    decode_weight_bytes,
+    fixed_prompt,
+    flops_per_token,
+    peak_bytes,
+)
+from nirvana.loading import load_model
+
+_PEAK_DECODE_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is timed.
+
+    Attributes:
+        batch_size: Prompts at a time.
+        prompt_length: Tokens a prompt, prefill.
+        decode_tokens: Tokens decoded after each prompt.
+        repeats: Timed rounds; the median counts.
+        warmup: Rounds before them that are not timed.
+    """
+
+    batch_size: int
+    prompt_length: int
+    decode_tokens: int
+    repeats: int
+    warmup: int
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Medians: of a whole prefill, and of one decoded token (of each prompt of the batch)."""
+
+    prefill_ms: float
+    decode_ms: float
+
+
+def benchmark(
+    dense: Path | str, pruned: Path | str, workload: Workload, device: torch.device
+) -> dict[str, dict[str, Any] | str | None]:
+    """Measure two checkpoints and compare them.
+
+    Args:
+        dense: Checkpoint directory of the dense model.
+        pruned: Checkpoint directory of the pruned model.
+        workload: What is timed.
+        device: Where.
+
+    Returns:
+        "dense" and "pruned": figures by name; "ratio": pruned / dense of each; "floor": the least latency ratio to
+        hope for; "warning": a line if pruning made nothing faster, else None; "machine": where it was measured.
+    """
+    directories = {"dense": dense, "pruned": pruned}
+    peaks = {
+        # before the models are loaded here, so that they do not crowd it
+        name: peak_bytes(directory, device, workload.batch_size, workload.prompt_length, _PEAK_DECODE_TOKENS)
+        for name, directory in tqdm(directories.items(), desc="peak memory", unit="model")
+    }
+    models = {name: load_model(directory, device) for name, directory in directories.items()}
+    latencies = measure_latencies(models, workload)
+    figures = {
+        name: {
+            "parameters": count_parameters(model),
+            "checkpoint_bytes": checkpoint_bytes(directories[name]),
+            "flops_per_token": flops_per_token(model.config, workload.batch_size, workload.prompt_length),
+            "weight_bytes_per_token": decode_weight_bytes(model),
+            "peak_bytes": peaks[name],
+        }
+        | speeds(latencies[name], workload)
+        for name, model in models.items()
+    }
+    return {**figures, **compare(figures["dense"], figures["pruned"]), "machine": _machine(device)}
+
+
+def measure_latencies(models: Mapping[str, PreTrainedModel], workload: Workload) -> dict[str, Latency]:
+    """Time prefill and decoding of several models in turns, so that a slow spell of the machine hits all of them.
+
+    Decoding is a plain greedy loop over the KV cache: `generate` adds the same Python work to every model and token,
+    which would hide part of the difference.
+
+    Args:
+        models: Models by name, on one device.
+        workload: What is timed.
+
+    Returns:
+        Latency by name.
+    """
+    prefill: dict[str, list[float]] = {name: [] for name in models}
+    decode: dict[str, list[float]] = {name: [] for name in models}
+    names = list(models)
+    total = (workload.warmup + workload.repeats) * len(names)
+    with tqdm(total=total, desc="prefill and decode", unit="round") as progress:
+        for round_index in range(workload.warmup + workload.repeats):
+            # the other one first in every second round: neither always runs on the other's warm or evicted caches
+            for name in names if round_index % 2 == 0 else reversed(names):
+                prefill_s, decode_s = _time_once(models[name], workload)
+                if round_index >= workload.warmup:
+                    prefill[name].append(prefill_s)
+                    decode[name].append(decode_s)
+                progress.update()
+    return {
+        name: Latency(
+            prefill_ms=1000 * statistics.median(prefill[name]),
+            decode_ms=1000 * statistics.median(decode[name]) / workload.decode_tokens,
+        )
+        for name in names
+    }
+
+
+def speeds(latency: Latency, workload: Workload) -> dict[str, float]:
+    """Return the latencies and the tokens per second, of the whole batch, that they amount to."""
+    return {
+        "prefill_latency_ms": latency.prefill_ms,
+        "prefill_tokens_per_second": 1000 * workload.batch_size * workload.prompt_length / latency.prefill_ms,
+        "decode_latency_ms": latency.decode_ms,
+        "decode_tokens_per_second": 1000 * workload.batch_size / latency.decode_ms,
+    }
+
+
+def compare(dense: Mapping[str, float], pruned: Mapping[str, float]) -> dict[str, Any]:
+    """Return the ratios pruned / dense, the floors of the latencies, and a warning if nothing is gained."""
+    ratio = {key: pruned[key] / dense[key] for key in dense}
+    slow = [
+        f"{phase} ({ratio[f'{phase}_latency_ms']:.2f} x the dense latency)"
+        for phase in ("prefill", "decode")
+        if ratio[f"{phase}_latency_ms"] >= 1
+    ]
+    warning = f"the pruned model is not faster in {' and '.join(slow)}" if slow else None
+    floor = {"prefill": ratio["flops_per_token"], "decode": ratio["weight_bytes_per_token"]}
+    return {"ratio": ratio, "floor": floor, "warning": warning}
+
+
+@torch.inference_mode()
+def _time_once(model: PreTrainedModel, workload: Workload) -> tuple[float, float]:
+    """Return the seconds of one prefill, then of decoding after it."""
+    ids: Int[Tensor, "batch tokens"] = fixed_prompt(
+        model.config.vocab_size, workload.batch_size, workload.prompt_length
+    ).to(model.device)
+    start = _now(model.device)
+    output = model(ids, use_cache=True, logits_to_keep=1)
+    filled = _now(model.device)
+    for _ in range(workload.decode_tokens):
+        ids = output.logits[:, -1:].argmax(-1)
+        output = model(ids, past_key_values=output.past_key_values, use_cache=True)
+    return filled - start, _now(model.device) - filled
+
+
+def _now(device: torch.device) -> float:
+    """Return the time once the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _machine(device: torch.device) -> dict[str, str | int]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "processor": processor or platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "dtype": "float32",
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+    }

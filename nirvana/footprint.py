@@ -1,0 +1,139 @@
+"""What a model takes: parameters, bytes on disk, bytes read a token, FLOPs a token, peak memory."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from nirvana.errors import InputError
+from nirvana.loading import load_model
+
+_STATUS = Path("/proc/self/status")
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """Return the number of parameters; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def checkpoint_bytes(directory: Path | str) -> int:
+    """Return the bytes of a checkpoint's safetensors files."""
+    return sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
+
+
+def decode_weight_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of weights that decoding one token reads: every parameter once, as loaded.
+
+    The input embedding does not count, as one row of it is read; it does, once, where the output head is tied to it.
+    The KV cache and activations do not count.
+    """
+    head = model.get_output_embeddings()
+    read = {id(parameter): parameter.nbytes for parameter in model.parameters()}
+    for parameter in model.get_input_embeddings().parameters():
+        if head is None or all(parameter is not other for other in head.parameters()):
+            read.pop(id(parameter))
+    return sum(read.values())
+
+
+def flops_per_token(config: PreTrainedConfig, batch_size: int, prompt_length: int) -> float:
+    """Return the floating-point operations of a prefill, divided by its tokens.
+
+    Counted are matrix products, two operations a multiply-add: projections, the two products of attention over the
+    whole square of positions, and the head at the last position, which is all that generation needs. Not counted are
+    softmax, norms, rotary embedding and activations. The model is built from its configuration without memory (meta
+    device) and with eager attention: torch's counter does not see the CPU kernel of sdpa, and counts would differ
+    between devices.
+
+    Args:
+        config: The model's configuration, per-layer sizes included.
+        batch_size: Prompts.
+        prompt_length: Tokens a prompt.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        ids = torch.zeros(batch_size, prompt_length, dtype=torch.int64)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(ids, use_cache=True, logits_to_keep=1)
+    return counter.get_total_flops() / ids.numel()
+
+
+def fixed_prompt(vocab_size: int, batch_size: int, prompt_length: int) -> torch.Tensor:
+    """Return the same token ids every time, spread over the vocabulary so that embedding rows are not all warm."""
+    # a prime stride visits every id before it repeats one
+    return (torch.arange(batch_size * prompt_length) * 7919 % vocab_size).view(batch_size, prompt_length)
+
+
+def peak_bytes(
+    directory: Path | str, device: torch.device, batch_size: int, prompt_length: int, decode_tokens: int
+) -> int:
+    """Return the peak memory of loading a model, one prefill and some decoding, in a fresh process.
+
+    On a CPU: the highest resident set of that process (VmHWM), less what it held after its imports; pages of the
+    checkpoint file that loading has mapped count. On a GPU: torch.cuda.max_memory_allocated.
+
+    Args:
+        directory: Checkpoint directory.
+        device: Where it computes.
+        batch_size: Prompts.
+        prompt_length: Tokens a prompt.
+        decode_tokens: Tokens decoded after the prompt.
+
+    Raises:
+        InputError: If the process fails, for instance for want of memory.
+    """
+    command = [sys.executable, "-m", __name__, str(directory), f"--device={device}"]
+    command += [f"--batch-size={batch_size}", f"--prompt-length={prompt_length}", f"--decode-tokens={decode_tokens}"]
+    command += [f"--threads={torch.get_num_threads()}"]
+    root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        cause = "it was killed, as for want of memory" if done.returncode < 0 else last
+        raise InputError(
+            f"{directory}: expected to measure peak memory, the process ended with {done.returncode} ({cause}); "
+            "free memory, or lower benchmark.batch_size or benchmark.prompt_length"
+        )
+    return int(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
+
+
+def _resident_bytes(field: str) -> int:
+    """Return VmRSS (now) or VmHWM (highest so far) of this process."""
+    if _STATUS.exists():
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+        return int(line.split()[1]) * 1024
+    import resource  # macOS knows the highest only, in bytes
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _measure_here(arguments: argparse.Namespace) -> int:
+    """Load, prefill, decode in this process and return its peak above the imports."""
+    torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    before = _resident_bytes("VmRSS")
+    model = load_model(arguments.directory, device)
+    ids = fixed_prompt(model.config.vocab_size, arguments.batch_size, arguments.prompt_length).to(device)
+    with torch.inference_mode():
+        output = model(ids, use_cache=True, logits_to_keep=1)
+        for _ in range(arguments.decode_tokens):
+            ids = output.logits[:, -1:].argmax(-1)
+            output = model(ids, past_key_values=output.past_key_values, use_cache=True)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _resident_bytes("VmHWM") - before
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Measure the peak memory of one model in this process.")
+    parser.add_argument("directory")
+    parser.add_argument("--device", default="cpu")
+    for option in ("--batch-size", "--prompt-length", "--decode-tokens", "--threads"):
+        parser.add_argument(option, type=int, default=1)
+    sys.stdout.write(json.dumps({"peak_bytes": _measure_here(parser.parse_args())}) + "\n")

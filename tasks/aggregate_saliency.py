@@ -1,0 +1,22 @@
+"""Step: channel saliency -> unit saliency, one file a candidate."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors.torch import load_file, save_file
+
+from nirvana.architectures.registry import architecture_for, read_config
+from nirvana.files import atomic_directory
+from nirvana.saliency import unit_saliency
+
+if TYPE_CHECKING:
+    from tasks.params import Params
+
+
+def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
+    """Write `candidate_NNN.safetensors` for each candidate: one vector a site."""
+    sites = architecture_for(read_config(inputs["model"])).sites()
+    with atomic_directory(outputs["unit_saliency"]) as directory:
+        for file in sorted(inputs["channel_saliency"].glob("candidate_*.safetensors")):
+            save_file(unit_saliency(sites, load_file(file)), directory / file.name)

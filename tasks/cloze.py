@@ -1,0 +1,129 @@
+"""A last-word cloze task, after LAMBADA, made from documents that nothing was calibrated on.
+
+An item is a passage of whole sentences without its final word. That word also occurs earlier in the passage, so that a
+reader of the passage can guess it; it is a plain lower-case content word. The model is right when greedy decoding
+gives exactly that word (lm-eval's `loglikelihood` accuracy); there is no list of choices, so chance is about zero.
+
+Source: Paperno et al. 2016, "The LAMBADA dataset" (arXiv 1606.06031).
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from string import Template
+
+from nirvana.errors import InputError
+from nirvana.files import atomic_file
+from tasks.documents import Document
+
+TASK_NAME = "cloze"
+_TEMPLATE = "cloze.yaml"
+
+_CONTEXT_WORDS = 40  # at least this many before the target; whole sentences, so up to one sentence more
+_LIMIT_WORDS = 90
+_TARGET_LETTERS = 4
+# function words, and numbers that their "per" or "of dollars" gives away
+_FUNCTION_WORDS = """
+about above abroad after again against ahead alike alone along already also although always among another
+anymore anyone anything anywhere around aside away back because been before behind being below best
+better between beyond billion billions both cannot capita cent cents come could does doing done down
+during each either else elsewhere enough even ever every everybody everyone everything everywhere except
+first forth forward from further given have having hence here hereafter hereby herein hereof heretofore
+hers herself himself hitherto however hundred hundreds indeed instead into itself just less like likewise
+made make many meanwhile million millions mine more moreover most much must myself nearly never
+nevertheless next nobody none nonetheless nothing nowhere once only onto other others otherwise ours
+ourselves over part perhaps quite rather said same shall should since some somebody someone something
+somewhere soon still such than that their theirs them themselves then there thereafter thereby therefore
+therefrom therein thereof thereon thereto therewith these they thing things this those though thousand
+thousands through throughout thus today together tomorrow toward towards under until unto upon very want
+well were what whatever when whence where whereby wherein whether which while whole whom whose will with
+within without would year years your yours yourself
+"""
+_STOP_WORDS = frozenset(_FUNCTION_WORDS.split())
+_SENTENCE_END = re.compile(r"(?<=[a-z]{2}[.!?])\s+(?=[A-Z])")
+_FINAL_WORD = re.compile(r"^(.*\S) ([a-z]+)[.!?]$")
+
+
+def cloze_items(documents: Sequence[Document], count: int) -> list[dict[str, str]]:
+    """Make items, spread over the documents; the first n are the same for every larger count.
+
+    Args:
+        documents: Held-out documents.
+        count: Number of items.
+
+    Returns:
+        {"context", "target"} an item; the target begins with the space that separates it.
+
+    Raises:
+        InputError: If the documents do not hold that many.
+    """
+    shuffled = sorted(documents, key=lambda document: _key(document.id))
+    queues = [sorted(_passages(document.text), key=lambda item: _key(*item)) for document in shuffled]
+    rounds = max(map(len, queues), default=0)
+    # one item of each document, then a second of each, ...
+    items = [queue[turn] for turn in range(rounds) for queue in queues if turn < len(queue)]
+    if len(items) < count:
+        raise InputError(
+            f"evaluation.cloze_items: expected {count} items, the {len(documents)} evaluation documents hold "
+            f"{len(items)}; lower it or use a larger corpus (corpus.source, corpus.max_documents)"
+        )
+    return [{"context": context, "target": target} for context, target in items[:count]]
+
+
+def write_cloze_task(documents: Sequence[Document], count: int, directory: Path) -> Path:
+    """Write the items and the lm-eval task `cloze` into a directory.
+
+    `TaskManager(include_path=directory, include_defaults=False)` finds the task; the data's cache stays in the
+    directory too.
+
+    Args:
+        documents: Held-out documents.
+        count: Number of items.
+        directory: Made if need be.
+
+    Returns:
+        The task's YAML file.
+
+    Raises:
+        InputError: If the documents do not hold that many items.
+    """
+    items = cloze_items(documents, count)
+    directory = directory.absolute()
+    directory.mkdir(parents=True, exist_ok=True)
+    data_file, task_file = directory / "cloze.jsonl", directory / "cloze.yaml"
+    with atomic_file(data_file) as temporary:
+        temporary.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+    template = Template((Path(__file__).parent / "templates" / _TEMPLATE).read_text(encoding="utf-8"))
+    # a JSON string is a YAML string
+    paths = {"data_file": json.dumps(str(data_file)), "cache_dir": json.dumps(str(directory / "cache"))}
+    with atomic_file(task_file) as temporary:
+        temporary.write_text(template.substitute(paths), encoding="utf-8")
+    return task_file
+
+
+def _passages(text: str) -> Iterator[tuple[str, str]]:
+    """Yield (context, target) of passages that do not overlap."""
+    sentences = _SENTENCE_END.split(" ".join(text.split()))
+    begin = 0
+    for end, sentence in enumerate(sentences):
+        match = _FINAL_WORD.match(sentence)
+        if not match or not _is_plain(match[2]):
+            continue
+        first, words = end, len(match[1].split())
+        while words < _CONTEXT_WORDS and first > begin:
+            first -= 1
+            words += len(sentences[first].split())
+        context = " ".join([*sentences[first:end], match[1]])
+        if _CONTEXT_WORDS <= words <= _LIMIT_WORDS and first < end and match[2] in re.findall(r"\w+", context):
+            yield context, f" {match[2]}"
+            begin = end + 1
+
+
+def _is_plain(word: str) -> bool:
+    return len(word) >= _TARGET_LETTERS and word not in _STOP_WORDS
+
+
+def _key(*parts: str) -> bytes:
+    return hashlib.sha256("\0".join(parts).encode()).digest()

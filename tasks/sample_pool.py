@@ -1,0 +1,234 @@
+"""Step sample_pool: split the corpus by document and draw the calibration pool and the held-out batch from it.
+
+A document goes to calibration (70 %), held-out (10 %) or evaluation (20 %) by the hash of its name alone. So the size
+of the pool never changes what is judged, and adding a document moves no other.
+
+Calibration documents are put in an order by hash and seed; each candidate takes the next few of them. A larger pool
+therefore begins with the same candidates, as long as one sequence a document is enough to fill it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from nirvana.errors import InputError
+from nirvana.files import atomic_directory, atomic_file
+from tasks.documents import Document, read_documents, write_documents
+from tasks.model_directory import load_tokenizer, vocabulary_size
+
+if TYPE_CHECKING:
+    from tasks.params import Params
+
+_LOG = logging.getLogger(__name__)
+
+# upper edges of the splits' shares of the hash range; the rest is evaluation
+_CALIBRATION_BELOW = 0.7
+_HELDOUT_BELOW = 0.8
+
+
+def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
+    """Write the pool, the held-out batch and the evaluation documents.
+
+    Raises:
+        InputError: If the corpus is too small for the pool, or the tokenizer does not fit the model.
+    """
+    calibration = params.calibration
+    splits = split_documents(read_documents(inputs["corpus"] / "documents.jsonl"))
+    encoder = Encoder.of_model(inputs["model"], calibration.add_bos)
+    pool = draw(
+        splits["calibration"],
+        encoder,
+        batches=calibration.pool_size,
+        sequences=calibration.sequences,
+        length=calibration.sequence_length,
+        order=f"calibration {calibration.seed}",
+        names=("calibration.pool_size", "calibration.sequences", "calibration.sequence_length"),
+    )
+    # not by the seed: pools of different seeds are compared by the same measure
+    heldout = draw(
+        splits["heldout"],
+        encoder,
+        batches=1,
+        sequences=calibration.heldout_sequences,
+        length=calibration.heldout_length,
+        order="heldout",
+        names=("one held-out batch", "calibration.heldout_sequences", "calibration.heldout_length"),
+    )
+    if not splits["evaluation"]:
+        raise InputError(
+            f"corpus: expected documents to evaluate on, none of its {sum(map(len, splits.values()))} fell into the "
+            "evaluation split (20 % by hash); use a corpus of more documents"
+        )
+    _save(pool, pool.input_ids, outputs["candidates"])
+    _save(heldout, heldout.input_ids[0], outputs["heldout"])
+    with atomic_directory(outputs["evaluation"]) as directory:
+        write_documents(directory / "documents.jsonl", splits["evaluation"])
+    _LOG.info("pool of %s tokens from %d documents", pool.input_ids.shape, sum(map(len, pool.documents)))
+
+
+def split_documents(documents: Sequence[Document]) -> dict[str, list[Document]]:
+    """Sort documents into calibration, heldout and evaluation by the SHA-256 of their names, keeping their order."""
+    splits: dict[str, list[Document]] = {"calibration": [], "heldout": [], "evaluation": []}
+    for document in documents:
+        share = _hash(document.id) / 2**64
+        if share < _CALIBRATION_BELOW:
+            splits["calibration"].append(document)
+        elif share < _HELDOUT_BELOW:
+            splits["heldout"].append(document)
+        else:
+            splits["evaluation"].append(document)
+    return splits
+
+
+@dataclass
+class Encoder:
+    """Turns documents into token ids, each once.
+
+    `bos`, when not None, takes the place of each sequence's first token; `vocabulary` is the model's.
+    """
+
+    tokenizer: Any
+    vocabulary: int
+    bos: int | None = None
+    _tokens: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def of_model(cls, model: Path, add_bos: bool) -> Encoder:
+        """Return the encoder of a model directory.
+
+        Raises:
+            InputError: If a BOS token is asked for and the tokenizer has none.
+        """
+        tokenizer = load_tokenizer(model)
+        if add_bos and tokenizer.bos_token_id is None:
+            raise InputError(
+                "calibration.add_bos: expected a tokenizer with a BOS token, this model's has none; set it to false"
+            )
+        return cls(tokenizer, vocabulary_size(model), tokenizer.bos_token_id if add_bos else None)
+
+    def __call__(self, document: Document) -> np.ndarray:
+        """Return the token ids of a whole document.
+
+        Raises:
+            InputError: If a token is not in the model's vocabulary.
+        """
+        if document.id not in self._tokens:
+            ids = self.tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+            tokens = np.asarray(ids, dtype=np.int64)
+            largest = max(int(tokens.max(initial=0)), self.bos or 0)
+            if largest >= self.vocabulary:
+                raise InputError(
+                    f"corpus document {document.id}: token {largest} is outside the model's vocabulary of "
+                    f"{self.vocabulary}; use the tokenizer that the model was trained with"
+                )
+            self._tokens[document.id] = tokens
+        return self._tokens[document.id]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Batches of sequences: `input_ids` [batches, sequences, length], and the documents of each batch."""
+
+    input_ids: np.ndarray
+    documents: list[list[str]]
+
+
+def draw(
+    documents: Sequence[Document],
+    encoder: Encoder,
+    *,
+    batches: int,
+    sequences: int,
+    length: int,
+    order: str,
+    names: tuple[str, str, str],
+) -> Pool:
+    """Draw batches that share no document; each sequence is a random contiguous window of one document.
+
+    Args:
+        documents: What may be used; documents shorter than `length` tokens are skipped.
+        encoder: Gives the tokens of a document.
+        batches: Number of batches.
+        sequences: Sequences a batch, from different documents unless there are too few.
+        length: Tokens a sequence.
+        order: Text that, hashed with a document's name, orders the documents and places the windows.
+        names: What the three numbers are called in params.yaml.
+
+    Raises:
+        InputError: If the documents do not suffice.
+    """
+    ordered = sorted(documents, key=lambda document: _hash(order, document.id))
+    reached = 0
+    for per_document in range(1, sequences + 1):
+        plan = _assign(ordered, encoder, batches, sequences, length, per_document)
+        if len(plan) == batches:
+            rows = [_windows(encoder, document, count, length, order) for batch in plan for document, count in batch]
+            ids = np.concatenate(rows).reshape(batches, sequences, length)
+            return Pool(ids, [[document.id for document, _ in batch] for batch in plan])
+        reached = max(reached, len(plan))
+    lengths = [len(encoder(document)) for document in ordered]
+    usable = sum(tokens >= length for tokens in lengths)
+    pool_size, per_batch, window = names
+    raise InputError(
+        f"{pool_size}: expected {batches} x {sequences} sequences of {length} tokens from documents of their own, the "
+        f"corpus allows {reached} such batches (this split has {len(ordered)} documents, {usable} of at least {length} "
+        f"tokens, {sum(tokens // length for tokens in lengths)} sequences in all); lower {pool_size}, {per_batch} or "
+        f"{window}, or use a larger corpus (corpus.source, corpus.max_documents)"
+    )
+
+
+def _assign(
+    ordered: Sequence[Document], encoder: Encoder, batches: int, sequences: int, length: int, per_document: int
+) -> list[list[tuple[Document, int]]]:
+    """Give each batch its documents and the number of sequences of each; drop a last batch that stays incomplete."""
+    plan: list[list[tuple[Document, int]]] = []
+    batch: list[tuple[Document, int]] = []
+    missing = sequences
+    for document in tqdm(ordered, desc="tokenizing documents", unit="", mininterval=1.0, leave=False):
+        count = min(per_document, len(encoder(document)) // length, missing)
+        if count == 0:
+            continue
+        batch.append((document, count))
+        missing -= count
+        if missing == 0:
+            plan.append(batch)
+            batch, missing = [], sequences
+            if len(plan) == batches:
+                break
+    return plan
+
+
+def _windows(encoder: Encoder, document: Document, count: int, length: int, order: str) -> np.ndarray:
+    """Cut one random window out of each of `count` equal parts of a document: [count, length], without overlap."""
+    tokens = encoder(document)
+    part = len(tokens) // count
+    rows = np.empty((count, length), dtype=np.int64)
+    for index in range(count):
+        start = index * part + _hash(order, document.id, str(index)) % (part - length + 1)
+        rows[index] = tokens[start : start + length]
+    if encoder.bos is not None:
+        rows[:, 0] = encoder.bos
+    return rows
+
+
+def _hash(*parts: str) -> int:
+    """Return 64 bits of SHA-256: the same on every machine and in every Python."""
+    return int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8], "big")
+
+
+def _save(pool: Pool, input_ids: np.ndarray, path: Path) -> None:
+    # one metadata key only: safetensors writes several in random order
+    metadata = {"documents": json.dumps(pool.documents, ensure_ascii=False)}
+    with atomic_file(path) as temporary:
+        save_file({"input_ids": np.ascontiguousarray(input_ids)}, temporary, metadata=metadata)
+        temporary.chmod(0o644)

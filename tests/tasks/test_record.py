@@ -1,0 +1,218 @@
+"""One experiment, one MLflow run, in a real store."""
+
+import json
+import sqlite3
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from toy import command, commit, dvc, toy_checkout
+
+from nirvana.errors import InputError
+from tasks import record
+from tasks.mlflow_store import history_root, public_uri
+
+DIGEST = "nirvana.experiment_digest"
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy checkout after `dvc repro`."""
+    path = toy_checkout(tmp_path_factory.mktemp("checkout"))
+    dvc(path, "repro")
+    return path
+
+
+@pytest.fixture
+def client(checkout: Path) -> Iterator[object]:
+    import mlflow
+
+    yield mlflow.MlflowClient(f"sqlite:///{checkout / 'mlflow.db'}")
+
+
+def run_of(client, checkout: Path):
+    return client.get_run(json.loads((checkout / "reports/mlflow_run.json").read_text())["run_id"])
+
+
+def record_again(checkout: Path, **variables: str) -> None:
+    command(checkout, sys.executable, "-m", "tasks", "record", **variables)
+
+
+@pytest.mark.slow
+def test_the_run_holds_the_experiment(checkout: Path, client) -> None:
+    run = run_of(client, checkout)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["allocation.gamma"] == "3.36"
+    assert run.data.params["evaluation.tasks"] == "['cloze']"
+    assert not any(key.startswith("runtime") for key in run.data.params)
+    evaluation = json.loads((checkout / "reports/evaluation.json").read_text())
+    plan = json.loads((checkout / "artifacts/plan.json").read_text())
+    assert run.data.metrics["evaluation.token_perplexity"] == evaluation["token_perplexity"]
+    assert run.data.metrics["evaluation.tasks.cloze.value"] == evaluation["tasks"]["cloze"]["value"]
+    assert run.data.metrics["plan.achieved_ratio.mlp"] == plan["achieved_ratio"]["mlp"]
+    assert {"benchmark.pruned.peak_bytes", "kept_share_by_layer.mlp"} <= set(run.data.metrics)
+    stages = yaml.safe_load((checkout / "dvc.lock").read_text())["stages"]
+    assert run.data.tags["nirvana.checkpoint.path"] == "artifacts/checkpoint"
+    assert run.data.tags["nirvana.checkpoint.md5"] == stages["prune"]["outs"][0]["md5"]
+    assert run.data.tags["mlflow.source.git.commit"] == command(checkout, "git", "rev-parse", "HEAD").stdout.strip()
+    assert run.data.tags["nirvana.git_dirty"] == "false"
+    digests = {item.dataset.name: item.dataset.digest for item in run.inputs.dataset_inputs}
+    assert digests["corpus"] == stages["fetch_corpus"]["outs"][0]["md5"]
+    assert set(digests) == {"corpus", "calibration pool", "held-out batch", "evaluation documents"}
+    files = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert {"plan.json", "report.html", "kl_scores.csv", "dvc.lock", "figures"} <= files
+    assert not any("checkpoint" in file for file in files)
+
+
+@pytest.mark.slow
+def test_recording_twice_is_recording_once(checkout: Path, client) -> None:
+    before = run_of(client, checkout)
+    (checkout / "reports/mlflow_run.json").unlink()
+    record_again(checkout)
+    after = run_of(client, checkout)
+    assert after.info.run_id == before.info.run_id
+    assert len(client.search_runs([before.info.experiment_id])) == 1
+    assert len(client.get_metric_history(after.info.run_id, "evaluation.token_perplexity")) == 1
+    assert len(after.inputs.dataset_inputs) == len(before.inputs.dataset_inputs)
+
+
+@pytest.mark.slow
+def test_a_new_measurement_updates_the_same_run(checkout: Path, client) -> None:
+    before = run_of(client, checkout)
+    file = checkout / "reports/benchmark.json"
+    measured = json.loads(file.read_text())
+    measured["pruned"]["decode_tokens_per_second"] = 77.0
+    file.unlink()  # a link to DVC's cache: never write through it
+    file.write_text(json.dumps(measured))
+    record_again(checkout)
+    after = run_of(client, checkout)
+    assert after.info.run_id == before.info.run_id
+    assert after.data.metrics["benchmark.pruned.decode_tokens_per_second"] == 77.0
+    dvc(checkout, "checkout", "--force")
+
+
+@pytest.mark.slow
+def test_a_tracking_uri_sends_the_run_elsewhere_without_telling_its_password(checkout: Path, tmp_path: Path) -> None:
+    file = checkout / "reports/mlflow_run.json"
+    before = file.read_bytes()
+    record_again(checkout, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path / 'team.db'}")
+    said = json.loads(file.read_text())
+    file.write_bytes(before)
+    assert said["tracking_uri"] == f"sqlite:///{tmp_path / 'team.db'}"
+    assert said["experiment_digest"] == json.loads(before)["experiment_digest"]
+    with sqlite3.connect(tmp_path / "team.db") as database:
+        assert database.execute("SELECT count(*) FROM runs WHERE status = 'FINISHED'").fetchone() == (1,)
+
+
+@pytest.mark.slow
+def test_an_unreachable_server_is_one_line(checkout: Path) -> None:
+    done = command(
+        checkout,
+        *(sys.executable, "-m", "tasks", "record"),
+        check=False,
+        MLFLOW_TRACKING_URI="http://user:secret@127.0.0.1:9/",
+        MLFLOW_HTTP_REQUEST_MAX_RETRIES="0",
+    )
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: MLflow at http://127.0.0.1:9/: expected a store that takes this run")
+    assert "secret" not in errors[0]
+
+
+@pytest.mark.slow
+def test_a_dirty_tree_is_said(tmp_path: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkout)
+    (checkout / "tasks/toy.py").write_text((checkout / "tasks/toy.py").read_text() + "\n")
+    assert record._origin()["nirvana.git_dirty"] == "true"
+    commit(checkout, "clean again")
+    assert record._origin()["nirvana.git_dirty"] == "false"
+
+
+@pytest.mark.slow
+def test_a_failure_is_a_failed_run_with_its_error(checkout: Path, client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkout)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run_id = record.record_failure("allocate: expected x, got y; do z", "allocate", Path(".cache/steps/allocate.log"))
+    run = client.get_run(run_id)
+    assert (run.info.status, run.data.tags["nirvana.error"]) == ("FAILED", "allocate: expected x, got y; do z")
+    assert DIGEST not in run.data.tags
+    files = {item.path for item in client.list_artifacts(run_id)}
+    assert files == {"error.txt", "allocate.log", "params.yaml"}
+
+
+def stages(**changes: object) -> dict:
+    return {
+        "allocate": {
+            "params": {"params.yaml": {"allocation": {"gamma": 3.36}}},
+            "outs": [{"path": "artifacts/plan.json", "md5": changes.get("plan", "a")}],
+        },
+        "benchmark": {
+            "params": {"params.yaml": {"benchmark": {"repeats": changes.get("repeats", 7)}}},
+            "outs": [{"path": "reports/benchmark.json", "md5": changes.get("measured", "b")}],
+        },
+        "record": {"params": {"params.yaml": {"allocation": {"gamma": changes.get("recorded", 3.36)}}}},
+    }
+
+
+def test_the_digest_is_of_the_experiment_not_of_the_stopwatch() -> None:
+    digest = record.experiment_digest(stages())
+    assert len(digest) == 64
+    assert record.experiment_digest(stages(measured="c", recorded=1.0)) == digest
+    assert record.experiment_digest(stages(plan="z")) != digest
+    assert record.experiment_digest(stages(repeats=3)) != digest
+
+
+def test_parameters_that_changed_during_the_run_are_refused() -> None:
+    mixed = stages()
+    mixed["prune"] = {"params": {"params.yaml": {"allocation": {"gamma": 2.0}}}}
+    with pytest.raises(InputError, match=r"expected one allocation.gamma for all stages, got 3.36 and, in prune, 2.0"):
+        record.parameters(mixed)
+
+
+def test_a_missing_lock_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"expected the stages that DVC ran, found none; run `dvc repro`"):
+        record.read_lock(tmp_path / "dvc.lock")
+
+
+def test_a_queued_experiment_shares_the_history_of_its_checkout(tmp_path: Path) -> None:
+    inner = tmp_path / "checkout" / ".dvc" / "tmp" / "exps" / "standalone" / "x"
+    inner.mkdir(parents=True)
+    assert history_root(inner) == tmp_path / "checkout"
+    assert history_root(tmp_path / "checkout") == tmp_path / "checkout"
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("http://user:secret@host:5000/x", "http://host:5000/x"),
+        ("postgresql+psycopg2://u:p@host/db?password=x", "postgresql+psycopg2://host/db"),
+        ("sqlite:////tmp/a.db", "sqlite:////tmp/a.db"),
+        ("", "sqlite:///mlflow.db"),
+    ],
+)
+def test_no_credentials_are_written(given: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+    assert public_uri() == shown
+
+
+def test_a_run_elsewhere_or_of_another_experiment_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
+    (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"stages": stages()}))
+    (tmp_path / "reports").mkdir()
+    good = SimpleNamespace(experiment_digest=record.experiment_digest(stages()), tracking_uri="http://host:5000")
+
+    def recorded(**changes: str) -> bool:
+        (tmp_path / "reports/mlflow_run.json").write_text(json.dumps(vars(good) | changes))
+        return record.is_recorded(tmp_path)
+
+    assert recorded()
+    assert not recorded(experiment_digest="other")
+    assert not recorded(tracking_uri="http://elsewhere")
+    (tmp_path / "reports/mlflow_run.json").unlink()
+    assert not record.is_recorded(tmp_path)

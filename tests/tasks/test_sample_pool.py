@@ -1,0 +1,220 @@
+"""Splits by document, and a pool whose beginning does not depend on its size."""
+
+import hashlib
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from tiny import tiny_corpus, tiny_llama
+
+from nirvana.errors import InputError
+from tasks.documents import Document, read_documents, write_documents
+from tasks.sample_pool import Encoder, draw, run, split_documents
+
+NAMES = ("calibration.pool_size", "calibration.sequences", "calibration.sequence_length")
+
+
+def letters(text, **_):
+    """Stand in for a tokenizer: one token a character."""
+    return {"input_ids": [ord(character) for character in text]}
+
+
+def make_documents(lengths):
+    """Documents whose characters all differ, so that every token tells its document and position."""
+    ends = np.cumsum([0, *lengths])
+    return [
+        Document(f"d{i}", "".join(chr(0x10000 + c) for c in range(ends[i], ends[i + 1]))) for i in range(len(lengths))
+    ]
+
+
+def owner(documents, token):
+    return next(document.id for document in documents if chr(token) in document.text)
+
+
+def draw_pool(documents, batches=3, sequences=4, length=16, order="calibration 0", bos=None):
+    encoder = Encoder(letters, vocabulary=0x110000, bos=bos)
+    return draw(documents, encoder, batches=batches, sequences=sequences, length=length, order=order, names=NAMES)
+
+
+def test_split_is_by_the_hash_of_the_name_alone():
+    documents = [Document(f"name {i}", "x") for i in range(4000)]
+    splits = split_documents(documents)
+    shares = {name: len(part) / 4000 for name, part in splits.items()}
+    assert shares == pytest.approx({"calibration": 0.7, "heldout": 0.1, "evaluation": 0.2}, abs=0.03)
+    # by hand: the first eight bytes of SHA-256 as a fraction
+    fraction = int(hashlib.sha256(b"name 0").hexdigest()[:16], 16) / 2**64
+    expected = "calibration" if fraction < 0.7 else "heldout" if fraction < 0.8 else "evaluation"
+    assert documents[0] in splits[expected]
+    fewer = split_documents(documents[::2])
+    assert all(set(fewer[name]) <= set(splits[name]) for name in splits)
+    assert splits["evaluation"] == [document for document in documents if document in set(splits["evaluation"])]
+
+
+def test_sequences_are_windows_of_documents_of_their_own():
+    documents = make_documents([10] * 5 + [50, 16, 300] * 6)
+    pool = draw_pool(documents)
+    assert pool.input_ids.shape == (3, 4, 16)
+    assert pool.input_ids.dtype == np.int64
+    assert (np.diff(pool.input_ids, axis=-1) == 1).all()  # contiguous
+    owners = [[owner(documents, row[0]) for row in batch] for batch in pool.input_ids]
+    assert owners == [[owner(documents, row[-1]) for row in batch] for batch in pool.input_ids]
+    assert len({name for batch in owners for name in batch}) == 12
+    assert owners == pool.documents
+
+
+def test_windows_are_spread_over_long_documents():
+    documents = make_documents([1000] * 40)
+    pool = draw_pool(documents, batches=10)
+    first = {document.id: ord(document.text[0]) for document in documents}
+    starts = [row[0] - first[owner(documents, row[0])] for row in pool.input_ids.reshape(-1, 16)]
+    assert min(starts) < 250 and max(starts) > 735 and len(set(starts)) > 30
+
+
+def test_larger_pool_begins_with_the_same_candidates():
+    documents = make_documents([64] * 40)
+    small, large = draw_pool(documents, batches=2), draw_pool(documents, batches=10)
+    assert (large.input_ids[:2] == small.input_ids).all()
+    assert small.documents == large.documents[:2]
+
+
+def test_order_of_documents_does_not_matter_but_the_seed_does():
+    documents = make_documents([64] * 40)
+    pool = draw_pool(documents)
+    assert (draw_pool(documents[::-1]).input_ids == pool.input_ids).all()
+    assert (draw_pool(documents, order="calibration 1").input_ids != pool.input_ids).any()
+
+
+def test_few_long_documents_give_several_sequences_without_overlap():
+    documents = make_documents([200] * 5)
+    pool = draw_pool(documents, batches=2)
+    assert len(np.unique(pool.input_ids)) == pool.input_ids.size  # no token twice
+    one, two = (set(names) for names in pool.documents)
+    assert not one & two
+    # two sequences a document suffice, so no document gives more
+    assert [len(one), len(two)] == [2, 2]
+
+
+def test_bos_takes_the_first_place_of_each_sequence():
+    documents = make_documents([64] * 20)
+    plain, marked = draw_pool(documents), draw_pool(documents, bos=7)
+    assert (marked.input_ids[..., 0] == 7).all()
+    assert (marked.input_ids[..., 1:] == plain.input_ids[..., 1:]).all()
+
+
+@pytest.mark.parametrize(("lengths", "allowed"), [([16] * 11, 2), ([15] * 50, 0), ([64] * 2, 2), ([], 0)])
+def test_too_large_a_pool_says_what_is_allowed(lengths, allowed):
+    with pytest.raises(InputError, match=f"expected 3 x 4 sequences of 16 .* allows {allowed} such batches .* lower"):
+        draw_pool(make_documents(lengths))
+    if allowed:
+        assert len(draw_pool(make_documents(lengths), batches=allowed).input_ids) == allowed
+
+
+def test_token_outside_the_vocabulary():
+    encoder = Encoder(letters, vocabulary=100)
+    assert encoder(Document("fits", "abc")).tolist() == [97, 98, 99]
+    with pytest.raises(InputError, match="document odd: token 100 is outside the model's vocabulary of 100"):
+        encoder(Document("odd", "abcd"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("pool") / "model")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pool")
+    texts = sorted(tiny_corpus(root / "texts").iterdir())
+    (root / "corpus").mkdir()
+    write_documents(root / "corpus" / "documents.jsonl", (Document(file.stem, file.read_text()) for file in texts))
+    return root / "corpus"
+
+
+def sample(model, corpus, target, **changes):
+    settings = {
+        "seed": 0,
+        "pool_size": 3,
+        "sequences": 4,
+        "sequence_length": 16,
+        "add_bos": False,
+        "heldout_sequences": 2,
+        "heldout_length": 32,
+    }
+    params = SimpleNamespace(calibration=SimpleNamespace(**(settings | changes)))
+    outputs = {
+        "candidates": target / "candidates.safetensors",
+        "heldout": target / "heldout.safetensors",
+        "evaluation": target / "evaluation",
+    }
+    run(params, {"model": model, "corpus": corpus}, outputs)
+    return outputs
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_step_writes_disjoint_parts(model, corpus, tmp_path):
+    outputs = sample(model, corpus, tmp_path, add_bos=True)
+    used = []
+    for name, shape in (("candidates", (3, 4, 16)), ("heldout", (2, 32))):
+        with safe_open(outputs[name], "numpy") as file:
+            ids = file.get_tensor("input_ids")
+            used += [document for batch in json.loads(file.metadata()["documents"]) for document in batch]
+        assert ids.shape == shape and ids.dtype == np.int64
+        assert (ids[..., 0] == 0).all() and (ids[..., 1:] > 1).all()
+    evaluation = read_documents(outputs["evaluation"] / "documents.jsonl")
+    used += [document.id for document in evaluation]
+    assert len(used) == len(set(used))
+    texts = {document.id: document.text for document in read_documents(corpus / "documents.jsonl")}
+    assert all(document.text == texts[document.id] for document in evaluation)
+
+
+def test_step_repeats_byte_for_byte_and_keeps_evaluation_apart(model, corpus, tmp_path):
+    first = sample(model, corpus, tmp_path / "a")
+    again = sample(model, corpus, tmp_path / "b")
+    other = sample(model, corpus, tmp_path / "c", pool_size=2, seed=5)
+    for name, file in (("candidates", ""), ("heldout", ""), ("evaluation", "documents.jsonl")):
+        assert digest(first[name] / file if file else first[name]) == digest(
+            again[name] / file if file else again[name]
+        )
+    assert digest(first["candidates"]) != digest(other["candidates"])
+    assert digest(first["heldout"]) == digest(other["heldout"])
+    assert digest(first["evaluation"] / "documents.jsonl") == digest(other["evaluation"] / "documents.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"pool_size": 1000}, "calibration.pool_size: expected 1000 x 4"),
+        ({"heldout_sequences": 1000}, "calibration.heldout_sequences"),
+        ({"sequence_length": 100_000}, "0 of at least 100000"),
+    ],
+)
+def test_step_refuses_what_the_corpus_cannot_give(changes, reason, model, corpus, tmp_path):
+    with pytest.raises(InputError, match=reason):
+        sample(model, corpus, tmp_path, **changes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_step_needs_evaluation_documents(model, corpus, tmp_path):
+    splits = split_documents(read_documents(corpus / "documents.jsonl"))
+    (tmp_path / "corpus").mkdir()
+    write_documents(tmp_path / "corpus" / "documents.jsonl", splits["calibration"] + splits["heldout"])
+    with pytest.raises(InputError, match="evaluation split"):
+        sample(model, tmp_path / "corpus", tmp_path / "out")
+
+
+def test_step_needs_a_bos_token_to_add(model, corpus, tmp_path):
+    from transformers import AutoTokenizer
+
+    other = tmp_path / "model"
+    other.mkdir()
+    (other / "config.json").write_text((model / "config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.bos_token = None
+    tokenizer.save_pretrained(other)
+    with pytest.raises(InputError, match="add_bos: expected a tokenizer with a BOS"):
+        sample(other, corpus, tmp_path / "out", add_bos=True)
