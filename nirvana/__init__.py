@@ -1,6 +1,6 @@
 """NIRVANA: structured pruning of language models (arXiv 2509.14230).
 
-Importing the package makes transformers know the pruned model classes, as soon as transformers itself is imported.
+Importing the package makes transformers know the pruned model classes, whichever of the two is imported first.
 It is light: torch is loaded by the submodules that need it, on first use.
 """
 
@@ -30,14 +30,16 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_EXPORTS[name]), name)
 
 
-def _register(_modeling_auto: Any) -> None:
+def _register_first(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
     importlib.import_module("nirvana.checkpoint.modeling_nirvana").register()
+    return wrapped(*args, **kwargs)
 
 
-def _load_models(_configuration_auto: Any) -> None:
-    # Harmless where that module is what is being imported: then it is in sys.modules and registers when complete.
-    importlib.import_module("transformers.models.auto.modeling_auto")
+def _wrap(configuration_auto: Any) -> None:
+    # Every way to load a checkpoint by path asks AutoConfig first. Registering while transformers is still being
+    # imported would run into its circular imports; at the first call all of it is there.
+    for method in ("from_pretrained", "for_model"):
+        wrapt.wrap_function_wrapper(configuration_auto, f"AutoConfig.{method}", _register_first)
 
 
-wrapt.register_post_import_hook(_load_models, "transformers.models.auto.configuration_auto")
-wrapt.register_post_import_hook(_register, "transformers.models.auto.modeling_auto")
+wrapt.register_post_import_hook(_wrap, "transformers.models.auto.configuration_auto")

@@ -55,6 +55,8 @@ def prepare_environment(threads: int, online: bool) -> None:
     """Set threads, telemetry and offline switches; call before torch, transformers or datasets are imported."""
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[variable] = str(threads)
+    # Waiting threads sleep: on a machine shared with others, spinning doubles the CPU time of every operation.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for variable, value in (_QUIET if online else _QUIET | _OFFLINE).items():
         os.environ.setdefault(variable, value)
 

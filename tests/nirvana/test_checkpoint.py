@@ -100,7 +100,12 @@ def test_code_is_not_run_without_the_flag(tmp_path):
 def test_import_nirvana_suffices_in_either_order(tmp_path):
     make_checkpoint("llama", tmp_path)
     load = "transformers.AutoModelForCausalLM.from_pretrained('pruned'); print(type(m).__module__)"
-    for imports in ("import nirvana, transformers", "import transformers; transformers.AutoConfig; import nirvana"):
+    for imports in (
+        "import nirvana, transformers",
+        "import transformers; transformers.AutoConfig; import nirvana",
+        "import nirvana; from transformers import PreTrainedModel; import transformers",
+        "import nirvana, transformers; transformers.AutoConfig.from_pretrained('pruned')",
+    ):
         code = f"{imports}; m = {load}"
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
         assert done.stdout.strip() == "nirvana.checkpoint.modeling_nirvana", done.stderr

@@ -108,7 +108,7 @@ def test_biases_are_cut_but_do_not_count():
 
 def test_unsupported_architecture_names_the_supported(tmp_path):
     GPT2Config(n_layer=1, n_embd=8, n_head=2).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="unsupported architecture 'gpt2'.*llama, mistral, qwen2, qwen3"):
+    with pytest.raises(InputError, match=r"unsupported architecture 'gpt2'.*llama, mistral, qwen2, qwen3"):
         architecture_for(read_config(tmp_path))
 
 

@@ -67,7 +67,7 @@ def test_other_model_is_refused(plan, sites):
     with pytest.raises(InputError, match="expected the model sha256:abc"):
         plan.check_fits(sites, "sha256:other")
     other = architecture_for(family_configs()["llama-mha"]).sites()
-    with pytest.raises(InputError, match="2 units of .* at layers.0.kv_group, got one with 4 units"):
+    with pytest.raises(InputError, match=r"2 units of .* at layers.0.kv_group, got one with 4 units"):
         plan.check_fits(other, None)
     with pytest.raises(InputError, match="got one with nothing"):
         plan.check_fits(sites[:-1], None)

@@ -1,0 +1,179 @@
+"""The real steps, on a tiny model, under real DVC: same bytes everywhere, and only what a change asks for runs."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import tiny_corpus, tiny_llama
+from toy import ROOT, command, dvc, environment
+
+from tasks.params import load_params
+from tasks.registry import STEPS
+
+pytestmark = pytest.mark.slow
+NAMES = [step.name for step in STEPS]
+
+_CHANGES = {
+    "model": {"source": "path:../model"},
+    "corpus": {"source": "path:../corpus/*.txt"},
+    "calibration": {"pool_size": 3, "sequences": 2, "sequence_length": 24, "heldout_sequences": 2, "heldout_length": 24},
+    "allocation": {"pruning_ratio": 0.3},
+    "evaluation": {"window": 32, "perplexity_tokens": 256, "cloze_items": 5},
+    "benchmark": {"prompt_length": 8, "decode_tokens": 2, "repeats": 1, "warmup": 0},
+    "compute": {"threads": 1},
+}
+
+
+def write_params(path: Path, **changes: dict[str, object]) -> None:
+    """Write params.yaml (JSON is YAML) with the test's sizes, then `changes`."""
+    from dataclasses import asdict
+
+    values = asdict(load_params(ROOT / "params.yaml"))
+    for source in (_CHANGES, changes):
+        for section, keys in source.items():
+            values[section] |= keys
+    (path / "params.yaml").write_text(json.dumps(values, indent=1))
+
+
+def checkout(parent: Path, name: str) -> Path:
+    """Copy the working tree's code into a git repository of its own, beside `model` and `corpus`."""
+    path = parent / name
+    path.mkdir()
+    for part in ("flows", "tasks", "nirvana"):
+        shutil.copytree(ROOT / part, path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("dvc.yaml", "pyproject.toml", ".gitignore", ".dvcignore"):
+        shutil.copyfile(ROOT / part, path / part)
+    (path / ".dvc").mkdir()
+    for part in ("config", ".gitignore"):
+        shutil.copyfile(ROOT / ".dvc" / part, path / ".dvc" / part)
+    (path / "reports").mkdir()
+    write_params(path)
+    command(path, "git", "init", "-q", "-b", "main")
+    command(path, "git", "add", "-A")
+    command(path, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "tiny")
+    return path
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    """The model and the corpus, in the folder above the checkouts."""
+    path = tmp_path_factory.mktemp("real")
+    tiny_llama(path / "model", intermediate_size=96)
+    tiny_corpus(path / "corpus")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(parent):
+    """A checkout in which everything ran once."""
+    path = checkout(parent, "finished")
+    dvc(path, "repro")
+    return path
+
+
+def tokens(path: Path) -> dict[str, str]:
+    """Return every step's start token: a new one means that the step's code ran."""
+    files = [path / ".cache/steps" / f"{name}.json" for name in NAMES]
+    return {file.stem: json.loads(file.read_text())["token"] for file in files if file.exists()}
+
+
+def ran(path: Path, *arguments: str) -> list[str]:
+    """Run `dvc repro` and return the steps whose code ran."""
+    before = tokens(path)
+    dvc(path, "repro", *arguments)
+    return [name for name, token in tokens(path).items() if before.get(name) != token]
+
+
+def test_everything_ran_and_is_there(finished):
+    plan = json.loads((finished / "artifacts/plan.json").read_text())
+    total = sum(site["units"] * site["weights_per_unit"] for site in plan["sites"])
+    assert abs(plan["achieved_ratio"]["total"] - 0.3) * total <= 8 * 3 * 32
+    evaluation = json.loads((finished / "reports/evaluation.json").read_text())
+    assert evaluation["tasks"]["cloze"]["items"] == 5
+    assert (finished / "reports/report.html").stat().st_size > 10_000
+    assert json.loads((finished / "reports/mlflow_run.json").read_text())["run_id"]
+    assert list((finished / ".cache/candidates").iterdir()) == []
+
+
+def test_two_clones_and_any_number_of_workers_give_the_same_bytes(parent, finished):
+    other = checkout(parent, "other")
+    write_params(other, runtime={"workers": 2})
+    dvc(other, "repro", "prune")
+    for name in ("artifacts/plan.json", "reports/kl_scores.csv"):
+        assert (other / name).read_bytes() == (finished / name).read_bytes()
+    for name in ("artifacts/checkpoint", "artifacts/channel_saliency", "artifacts/unit_saliency"):
+        for file in sorted((finished / name).iterdir()):
+            assert (other / name / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_only_what_a_change_asks_for_runs(finished):
+    assert ran(finished) == []
+    write_params(finished, evaluation={"cloze_items": 4})
+    assert ran(finished) == ["evaluate_dense", "evaluate", "report", "record"]
+    write_params(finished, evaluation={"cloze_items": 4}, runtime={"workers": 2, "device": "cpu"})
+    assert ran(finished) == []
+    write_params(finished, evaluation={"cloze_items": 4}, allocation={"pruning_ratio": 0.2})
+    steps = ran(finished)
+    assert "collect_gradients" not in steps and "aggregate_saliency" not in steps and "evaluate_dense" not in steps
+    assert {"score_pool", "allocate", "prune", "evaluate", "benchmark", "report", "record"} == set(steps)
+    plan = (finished / "artifacts/plan.json").read_bytes()
+    write_params(finished)
+    assert "prune" not in ran(finished)  # restored
+    assert (finished / "artifacts/plan.json").read_bytes() != plan
+
+
+@pytest.mark.parametrize(
+    ("changes", "step", "message"),
+    [
+        ({"allocation": {"pruning_ratio": 0.99}}, "score_pool", "cannot be reached"),
+        ({"allocation": {"round_to": 1000}}, "score_pool", "round_to: expected 1 to 96"),
+        ({"calibration": {"pool_size": 500}}, "sample_pool", "pool"),
+        ({"evaluation": {"cloze_items": 100000}}, "evaluate", "cloze"),
+        ({"allocation": {"gamma": 0}}, "allocate", "gamma"),
+        ({"allocation": {"pruning_ratio": 1.0}}, "allocate", "pruning_ratio"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_half_written(finished, changes, step, message):
+    write_params(finished, **changes)
+    try:
+        done = command(finished, sys.executable, "-m", "tasks", step, check=False)
+    finally:
+        write_params(finished)
+    assert done.returncode == 2
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ") and message in line
+    assert not list(finished.rglob("*.tmp"))
+
+
+def test_killed_step_resumes_and_no_orphan_writes(parent):
+    path = checkout(parent, "killed")
+    dvc(path, "repro", "sample_pool")
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro", "collect_gradients"],
+        cwd=path,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    cache = path / ".cache/candidates"
+    deadline = time.monotonic() + 120
+    while not list(cache.glob("*.safetensors")) and time.monotonic() < deadline and driver.poll() is None:
+        time.sleep(0.01)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    time.sleep(1)
+    done_before = {file.name: file.stat().st_mtime_ns for file in cache.glob("*.safetensors")}
+    time.sleep(2)
+    assert {file.name: file.stat().st_mtime_ns for file in cache.glob("*.safetensors")} == done_before
+    if (path / "artifacts/channel_saliency").exists():
+        pytest.skip("the step was done before the signal came")
+    assert done_before
+    dvc(path, "repro", "collect_gradients")
+    log = (path / ".cache/steps/collect_gradients.log").read_text()
+    assert f"resuming, {len(done_before)} of 3 candidates are already done" in log
+    assert len(list((path / "artifacts/channel_saliency").iterdir())) == 3
