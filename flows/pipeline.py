@@ -22,8 +22,9 @@ from prefect.states import Completed, Failed
 from flows.step import StepFailedError, bring_up_to_date
 from flows.summary import StepResult, print_summary
 from nirvana.errors import InputError
+from tasks.child import DRIVER_PID
 from tasks.params import load_params
-from tasks.process import DRIVER_PID, ERROR_PREFIX, log_file
+from tasks.process import ERROR_PREFIX, log_file
 from tasks.record import is_recorded, record_failure
 from tasks.registry import STEPS
 

@@ -50,7 +50,9 @@ def mlflow_server(port: int) -> Iterator[str]:
     """Run an MLflow server on the checkout's history; yield its URL."""
     url = f"http://{HOST}:{port}"
     command = ["mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
-    with _server("MLflow", [*command, "--backend-store-uri", tracking_uri()], port, f"{url}/health", {}):
+    # in the environment, not on the command line: the process list must not show a password
+    variables = {"MLFLOW_BACKEND_STORE_URI": tracking_uri()}
+    with _server("MLflow", command, port, f"{url}/health", variables):
         yield url
 
 

@@ -26,7 +26,7 @@ def _run(name: str) -> int:
     import logging
 
     from nirvana.errors import InputError
-    from tasks import process, registry
+    from tasks import child, process, registry
     from tasks.params import load_params, restrict
 
     process.start_logging(name)
@@ -39,7 +39,7 @@ def _run(name: str) -> int:
             threads = params.compute.threads if "compute" in step.params else 1
             process.prepare_environment(threads, step.online(params))
             if step.torch:
-                process.fix_torch(threads)
+                child.fix_torch(threads)
             missing = next((path for path in inputs.values() if not path.exists()), None)
             if missing:
                 raise InputError(f"{name}: expected {missing}, found nothing; run `dvc repro {name}` to make it first")
@@ -63,7 +63,8 @@ def _fail(message: str, status: int) -> int:
     import logging
     import os
 
-    from tasks.process import DRIVER_PID, ERROR_PREFIX
+    from tasks.child import DRIVER_PID
+    from tasks.process import ERROR_PREFIX
 
     line = ERROR_PREFIX + " ".join(message.split())
     logging.getLogger(__name__).error(line)
@@ -80,10 +81,10 @@ def main(arguments: list[str]) -> int:
     _check_interpreter()
     import os
 
-    from tasks import process, registry
+    from tasks import child, registry
 
     if "DVC_STAGE" in os.environ:  # DVC started it; by hand it may outlive its shell
-        process.die_with_parent()
+        child.die_with_parent()
     command, *rest = arguments
     names = [each.name for each in registry.STEPS]
     if command == "--list" and not rest:

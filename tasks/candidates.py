@@ -21,6 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nirvana.errors import InputError
+from tasks.child import die_with_parent, fix_torch
 
 CACHE = Path(".cache/candidates")
 _LIBRARIES = ("torch", "transformers", "numpy", "safetensors")
@@ -118,11 +119,8 @@ def _no_progress(share: float) -> None:
 
 
 def _start_worker(parent: int, threads: int) -> None:
-    from tasks import process
-
-    os.environ[process.DRIVER_PID] = str(parent)
-    process.die_with_parent()
-    process.fix_torch(threads)
+    die_with_parent(parent)
+    fix_torch(threads)
 
 
 def forget(jobs: Sequence[Job]) -> None:

@@ -4,14 +4,12 @@
 log. No step depends on either.
 """
 
-import ctypes
 import errno
 import json
 import logging
 import os
 import resource
 import shutil
-import signal
 import sys
 import time
 import uuid
@@ -20,11 +18,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from tasks.child import DRIVER_PID
+
 RECORDS = Path(".cache/steps")
-DRIVER_PID = "NIRVANA_DRIVER_PID"  # set by the flow: whose child a step must be, and who prints its log
 ERROR_PREFIX = "error: "
 
-_PR_SET_PDEATHSIG = 1
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DISK_WORDS = ("no space left on device", "disk quota exceeded", "file too large", "disk is full", "os error 28")
 
@@ -39,18 +37,6 @@ _QUIET = {
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies; leave at once if it already did.
-
-    A step that outlives its driver would write into a workspace that DVC has already unlocked.
-    """
-    parent = int(os.environ.get(DRIVER_PID, os.getppid()))
-    with suppress(OSError, AttributeError):  # not Linux: the driver's own signal handling has to do
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        raise SystemExit("the process that started this step is gone")
-
-
 def prepare_environment(threads: int, online: bool) -> None:
     """Set threads, telemetry and offline switches; call before torch, transformers or datasets are imported."""
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -59,14 +45,6 @@ def prepare_environment(threads: int, online: bool) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for variable, value in (_QUIET if online else _QUIET | _OFFLINE).items():
         os.environ.setdefault(variable, value)
-
-
-def fix_torch(threads: int) -> None:
-    """Make torch use `threads` threads an operation and deterministic algorithms."""
-    import torch
-
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
 
 
 @contextmanager

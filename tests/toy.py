@@ -32,6 +32,7 @@ _COPIED = (
     "nirvana/files.py",
     "tasks/__init__.py",
     "tasks/__main__.py",
+    "tasks/child.py",
     "tasks/code_files.py",
     "tasks/mlflow_store.py",
     "tasks/params.py",

@@ -21,7 +21,13 @@ NAMES = [step.name for step in STEPS]
 _CHANGES = {
     "model": {"source": "path:../model"},
     "corpus": {"source": "path:../corpus/*.txt"},
-    "calibration": {"pool_size": 3, "sequences": 2, "sequence_length": 24, "heldout_sequences": 2, "heldout_length": 24},
+    "calibration": {
+        "pool_size": 3,
+        "sequences": 2,
+        "sequence_length": 24,
+        "heldout_sequences": 2,
+        "heldout_length": 24,
+    },
     "allocation": {"pruning_ratio": 0.3},
     "evaluation": {"window": 32, "perplexity_tokens": 256, "cloze_items": 5},
     "benchmark": {"prompt_length": 8, "decode_tokens": 2, "repeats": 1, "warmup": 0},
