@@ -25,8 +25,9 @@ def main(
         raise InputError(f"expected some of {', '.join(_BENCHMARKS)}, got {', '.join(unknown)}; correct the names")
     torch.set_num_threads(threads)
     model = model_directory()
-    for name in names or _BENCHMARKS:
-        write(name, _BENCHMARKS[name](model, repeats))
+    holds = [write(name, _BENCHMARKS[name](model, repeats)) for name in names or _BENCHMARKS]
+    if not all(holds):
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

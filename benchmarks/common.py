@@ -29,8 +29,8 @@ class Measurement:
         return asdict(self) | {"holds": holds}
 
 
-def write(name: str, measurements: list[Measurement]) -> None:
-    """Write `reports/bench/<name>.json` and show it."""
+def write(name: str, measurements: list[Measurement]) -> bool:
+    """Write `reports/bench/<name>.json`, show it, and return whether every limit holds."""
     from rich.console import Console
     from rich.table import Table
 
@@ -42,6 +42,7 @@ def write(name: str, measurements: list[Measurement]) -> None:
         limit = "" if measurement.limit is None else f"{measurement.limit:g}"
         table.add_row(measurement.name, f"{measurement.value:.4g} {measurement.unit}", limit, shown)
     Console().print(table)
+    return all(measurement.as_dict()["holds"] is not False for measurement in measurements)
 
 
 def alternate(

@@ -17,8 +17,10 @@ import flows.environment as environment  # before prefect, which reads it when i
 import typer
 from prefect import State, flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed, Failed
 
+from flows.leash import die_with_schedule, hold_temporary_server
 from flows.step import StepFailedError, bring_up_to_date
 from flows.summary import StepResult, print_summary
 from nirvana.errors import InputError
@@ -65,6 +67,7 @@ def pipeline(until: str | None = None, wait_minutes: int = WAIT_MINUTES) -> Stat
         until: Stop after this step.
         wait_minutes: How long to wait for another process that works on the same files.
     """
+    die_with_schedule()
     os.chdir(environment.ROOT)
     logger = get_run_logger()
     try:
@@ -120,6 +123,8 @@ def main(
     ] = WAIT_MINUTES,
 ) -> None:
     """Run the pipeline that params.yaml describes; unchanged steps are not run again."""
+    if not PREFECT_API_URL.value():
+        hold_temporary_server()
     try:
         state = pipeline(until, wait_minutes, return_state=True)
     except KeyboardInterrupt:

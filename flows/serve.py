@@ -15,7 +15,7 @@ from prefect.schedules import Cron, Schedule
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.pipeline import pipeline
-from flows.server import PREFECT_PORT, prefect_server
+from flows.server import PREFECT_PORT, page, prefect_server
 from nirvana.errors import InputError
 from tasks.process import ERROR_PREFIX
 
@@ -37,7 +37,7 @@ def main(
                 typer.echo("starting a Prefect server, about half a minute ...")
                 url = servers.enter_context(prefect_server(prefect_port))
                 os.environ["PREFECT_API_URL"] = url
-            typer.echo(f"schedule {cron!r} ({timezone}), page {url.removesuffix('/api')}; Ctrl-C stops it")
+            typer.echo(f"schedule {cron!r} ({timezone}), page {page(url)}; Ctrl-C stops it")
             servers.enter_context(temporary_settings({PREFECT_API_URL: url}))
             # one run at a time: a second would only wait for the first one's files
             pipeline.serve(name="scheduled", schedule=schedule, limit=1, pause_on_shutdown=True)

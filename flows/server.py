@@ -18,14 +18,20 @@ import flows.environment as environment  # before prefect, which reads it when i
 # isort: split
 import typer
 
+from flows.leash import hold
 from nirvana.errors import InputError
-from tasks.mlflow_store import tracking_uri
+from tasks.mlflow_store import tracking_uri, without_credentials
 from tasks.process import ERROR_PREFIX
 
 HOST = "127.0.0.1"
 PREFECT_PORT = 4200
 MLFLOW_PORT = 5000
 READY_SECONDS = 180
+
+
+def page(api: str) -> str:
+    """Return the address of the page that belongs to a Prefect API, without credentials."""
+    return without_credentials(api).removesuffix("/api")
 
 
 @contextmanager
@@ -79,6 +85,7 @@ def _server(name: str, arguments: list[str], port: int, health: str, variables: 
             stderr=subprocess.STDOUT,
             start_new_session=True,  # the servers have children of their own: stop the group
         )
+        hold(process.pid)
         try:
             _wait_until_ready(name, process, health)
             yield
@@ -123,10 +130,10 @@ def main(
         with ExitStack() as servers:
             typer.echo("starting the Prefect and MLflow pages, about half a minute ...")
             if "PREFECT_API_URL" in os.environ:
-                typer.echo(f"Prefect  {os.environ['PREFECT_API_URL'].removesuffix('/api')} (PREFECT_API_URL)")
+                typer.echo(f"Prefect  {page(os.environ['PREFECT_API_URL'])} (PREFECT_API_URL)")
             else:
                 api = servers.enter_context(prefect_server(prefect_port))
-                typer.echo(f"Prefect  {api.removesuffix('/api')}")
+                typer.echo(f"Prefect  {page(api)}")
             if team_mlflow:
                 typer.echo("MLflow   where MLFLOW_TRACKING_URI points")
             else:

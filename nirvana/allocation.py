@@ -174,23 +174,35 @@ def _condemned(sites: Sequence[Site], order: NDArray[np.int64], count: int) -> N
 
 
 def _exact(request: _Request) -> Keep:
+    """Keep the count of groups that the rate asks for and let the neurons meet the ratio.
+
+    Where the neurons cannot make up for one group more or less, the next nearest count that lets them is taken.
+    """
     groups, layers = request.of("attention"), request.of("mlp")
-    group_order = _global_order(groups, request.saliency, protected=1)
-    units = sum(site.units for site in groups)
-    count = min(len(group_order), int(request.attention_rate() * units + _COUNT_SLACK))
+    order = _global_order(groups, request.saliency, protected=1)
+    asked = request.attention_rate() * sum(site.units for site in groups)
+    first = min(len(order), int(asked + _COUNT_SLACK))
     target = request.pruning_ratio * request.total
+    tolerance = request.round_to * max((site.weights_per_unit for site in layers), default=0)
+    nearest = np.inf
+    for count in sorted(range(len(order) + 1), key=lambda number: (number != first, abs(number - asked))):
+        lost = _condemned(groups, order, count)
+        kept = {site.name: site.units - int(n) for site, n in zip(groups, lost, strict=True)}
+        of_groups = sum(int(n) * site.weights_per_unit for n, site in zip(lost, groups, strict=True))
+        kept |= _neurons_for(request, layers, target - of_groups)
+        removed = sum((site.units - kept[site.name]) * site.weights_per_unit for site in request.sites)
+        if abs(removed - target) <= tolerance:
+            return {site.name: _best(site, request.saliency, kept[site.name]) for site in request.sites}
+        if abs(removed - target) < abs(nearest - target):
+            nearest = float(removed)
+    raise _unreachable(request, nearest)
 
-    def removed_groups(number: int) -> int:
-        lost = _condemned(groups, group_order, number)
-        return sum(int(n) * site.weights_per_unit for n, site in zip(lost, groups, strict=True))
 
-    # Rounding the group count down may leave more to the neurons than they can give.
-    while target - removed_groups(count) > request.removable("mlp") and count < len(group_order):
-        count += 1
-    lost = _condemned(groups, group_order, count)
-    keep = {site.name: _best(site, request.saliency, site.units - int(n)) for n, site in zip(lost, groups, strict=True)}
-    kept_neurons = _neurons_for(request, layers, target - removed_groups(count))
-    return keep | {site.name: _best(site, request.saliency, kept_neurons[site.name]) for site in layers}
+def _unreachable(request: _Request, nearest: float) -> InputError:
+    return InputError(
+        f"pruning_ratio: {request.pruning_ratio} cannot be reached: the units are too large for it, the nearest "
+        f"reachable ratio is {nearest / request.total:.4f}; ask for that or lower round_to"
+    )
 
 
 def _neurons_for(request: _Request, layers: Sequence[Site], target: float) -> dict[str, int]:
@@ -245,27 +257,20 @@ def _uniform(request: _Request, loadable_kv_groups: Callable[[int], bool]) -> Ke
             "scope uniform: expected a model whose layers are all of one size, got layers that differ; use scope global"
         )
     target = request.pruning_ratio * request.total
-    units = groups[0].units
+    units, size = groups[0].units, layers[0].units
     wanted = units * (1 - request.attention_rate())
-
-    def left_for_neurons(kept: int) -> float:
-        return target - sum((units - kept) * site.weights_per_unit for site in groups)
-
-    slack = request.round_to * sum(site.weights_per_unit for site in layers) / 2
-    choices = [
-        kept
-        for kept in range(1, units + 1)
-        if loadable_kv_groups(kept) and -slack <= left_for_neurons(kept) <= request.removable("mlp") + slack
-    ]
-    if not choices:
-        raise InputError(
-            f"pruning_ratio: {request.pruning_ratio} cannot be reached with scope uniform: no number of KV groups "
-            "that a stock configuration accepts leaves a share that the neurons can give; use scope global"
-        )
-    kept_groups = min(choices, key=lambda kept: (abs(kept - wanted), -kept))
-    size = layers[0].units
-    share = left_for_neurons(kept_groups) / request.weights("mlp")
     steps = sorted({min(size, block * request.round_to) for block in range(1, -(-size // request.round_to) + 1)})
-    kept_neurons = min(steps, key=lambda kept: (abs(size * (1 - share) - kept), -kept))
-    counts = {site.name: kept_groups for site in groups} | {site.name: kept_neurons for site in layers}
-    return {site.name: _best(site, request.saliency, counts[site.name]) for site in request.sites}
+    group_weights, neuron_weights = request.weights("attention") / units, request.weights("mlp") / size
+    nearest = np.inf
+    for kept_groups in sorted(range(1, units + 1), key=lambda kept: (abs(kept - wanted), -kept)):
+        if not loadable_kv_groups(kept_groups):
+            continue
+        of_groups = (units - kept_groups) * group_weights
+        kept_neurons = min(steps, key=lambda kept: (abs(of_groups + (size - kept) * neuron_weights - target), -kept))
+        removed = of_groups + (size - kept_neurons) * neuron_weights
+        if abs(removed - target) <= request.round_to * neuron_weights / 2:
+            counts = {site.name: kept_groups for site in groups} | {site.name: kept_neurons for site in layers}
+            return {site.name: _best(site, request.saliency, counts[site.name]) for site in request.sites}
+        if abs(removed - target) < abs(nearest - target):
+            nearest = float(removed)
+    raise _unreachable(request, nearest)

@@ -16,11 +16,14 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nirvana.errors import InputError
 from nirvana.slicing import Slicer
-from nirvana.walk import Hidden, Stack, TokenIds, walk_forward
+from nirvana.walk import Hidden, Part, Stack, TokenIds, microbatches, walk_forward
 
 VOCAB_CHUNK = 4096
 """Head rows at a time."""
+TOKENS = 1024
+"""Tokens of a forward through a layer."""
 POSITION_CHUNK = 128
 """Positions at a time: two blocks of 128 × 4096 logits take 4 MB and stay in cache."""
 
@@ -33,25 +36,31 @@ def dense_hidden_states(stack: Stack, ids: TokenIds) -> Hidden:
         InputError: If a token id is out of range.
     """
     stack.check_ids(ids)
-    hidden = stack.embed(ids)
+    hidden = _embedded(stack, ids)
     for layer in range(stack.num_layers):
-        (hidden,) = walk_forward(stack, [hidden], layer)
-    return stack.final_norm(hidden)
+        hidden = walk_forward(stack, hidden, layer)
+    return torch.cat([stack.final_norm(part) for part in hidden])
+
+
+def _embedded(stack: Stack, ids: TokenIds) -> list[Part]:
+    """Return what enters layer 0, in microbatches of about `TOKENS` tokens: activations stay small at any length."""
+    return [stack.embed(ids[part]) for part in microbatches(ids.shape[0], max(1, TOKENS // ids.shape[1]))]
 
 
 @torch.no_grad()
 def pruned_hidden_states(stack: Stack, keep: Mapping[str, NDArray[np.int64]], ids: TokenIds) -> Hidden:
     """Return what the pruned model's head would read, each layer sliced for its own call only."""
     slicer = Slicer(stack.architecture.sites(), keep)
-    hidden = stack.embed(ids)
-    arguments = stack.layer_arguments(hidden)
+    hidden = _embedded(stack, ids)
     for layer in range(stack.num_layers):
         sliced = {name: slicer.apply(name, weight) for name, weight in stack.layer_weights(layer).items()}
-        hidden = stack.run_layer(layer, hidden, arguments[layer], sliced)
-    return stack.final_norm(hidden)
+        hidden = [stack.run_layer(layer, part, stack.layer_arguments(part)[layer], sliced) for part in hidden]
+    return torch.cat([stack.final_norm(part) for part in hidden])
 
 
-def kl_divergence(stack: Stack, keep: Mapping[str, NDArray[np.int64]], ids: TokenIds, dense: Hidden) -> float:
+def kl_divergence(
+    stack: Stack, keep: Mapping[str, NDArray[np.int64]], ids: TokenIds, dense: Float[Tensor, "_ _ hidden"]
+) -> float:
     """Return KL(dense‖pruned) on held-out sequences.
 
     Args:
@@ -62,8 +71,17 @@ def kl_divergence(stack: Stack, keep: Mapping[str, NDArray[np.int64]], ids: Toke
     Returns:
         Mean over all positions, in nats a token.
 
+    Raises:
+        InputError: If a token id is out of range, or `dense` is of other sequences.
+
     Source: NIRVANA (arXiv 2509.14230), calibration selection.
     """
+    stack.check_ids(ids)
+    if dense.shape[:2] != ids.shape:
+        raise InputError(
+            f"expected the dense hidden states of {tuple(ids.shape)} tokens, got those of {tuple(dense.shape[:2])}; "
+            "compute them on the same sequences"
+        )
     pruned = pruned_hidden_states(stack, keep, ids)
     return head_divergence(dense.flatten(0, 1), pruned.flatten(0, 1), stack.head_weight())
 

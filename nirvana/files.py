@@ -1,13 +1,15 @@
 """Files that appear whole or not at all, and their digests.
 
 Everything NIRVANA writes goes to a temporary sibling first and is renamed when complete, so that a killed
-run never leaves half an artifact under its final name.
+run never leaves half an artifact under its final name. What a killed process left is removed by the next writer.
 """
 
+import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +21,22 @@ from nirvana.errors import InputError
 
 def _temporary_sibling(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    host = socket.gethostname()
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{host}-*.tmp"):
+        if not _is_alive(left.name.removesuffix(".tmp").split("-")[-2]):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{host}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _is_alive(process: str) -> bool:
+    """Tell whether a process of this machine may still be writing what a killed one would have left."""
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OSError):  # not ours to judge
+        return True
+    return True
 
 
 def _fsync(path: Path) -> None:
@@ -59,7 +76,11 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
             # rename cannot replace a directory that has content: move the old one away first
             outgoing = _temporary_sibling(path)
             path.replace(outgoing)
-            temporary.replace(path)
+            try:
+                temporary.replace(path)
+            except BaseException:
+                outgoing.replace(path)
+                raise
             shutil.rmtree(outgoing)
         else:
             temporary.replace(path)
@@ -86,7 +107,9 @@ def read_json(path: Path | str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: expected a JSON file, found nothing; run the step that writes it") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: expected a readable JSON file, got {error.strerror}; check the path") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path}: expected JSON, got something else ({error}); delete it and run again") from None
 
 

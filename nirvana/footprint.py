@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from nirvana.errors import InputError
 from nirvana.loading import load_model
+from nirvana.weights import weight_files
 
 _STATUS = Path("/proc/self/status")
 
@@ -23,8 +24,8 @@ def count_parameters(model: PreTrainedModel) -> int:
 
 
 def checkpoint_bytes(directory: Path | str) -> int:
-    """Return the bytes of a checkpoint's safetensors files."""
-    return sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
+    """Return the bytes of the safetensors files that a checkpoint is loaded from."""
+    return sum(file.stat().st_size for file in weight_files(directory))
 
 
 def decode_weight_bytes(model: PreTrainedModel) -> int:

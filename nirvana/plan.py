@@ -15,6 +15,7 @@ from nirvana.errors import InputError
 from nirvana.files import read_json, write_json
 
 SCHEMA_VERSION = 1
+_MOST_UNITS = 10_000_000  # of one site: what a file claims is not believed beyond any real layer
 _RANGES = re.compile(r"\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*\Z", re.ASCII)
 
 
@@ -150,7 +151,7 @@ class Plan:
                 "make the plan again with this release"
             )
         try:
-            return cls(
+            plan = cls(
                 model_digest=str(value["model"]["digest"]),
                 model_type=str(value["model"]["model_type"]),
                 num_layers=int(value["model"]["num_layers"]),
@@ -160,6 +161,9 @@ class Plan:
                 sites=tuple(_read_site(site) for site in value["sites"]),
                 parameters=dict(value["parameters"]),
             )
+            if not np.isfinite([plan.requested_ratio, *plan.achieved_ratio.values()]).all():
+                raise ValueError("a ratio is not finite")
+            return plan
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -179,8 +183,8 @@ class Plan:
         """
         expected = {site.name: (site.units, site.weights_per_unit) for site in sites}
         planned = {site.name: (site.units, site.weights_per_unit) for site in self.sites}
-        if planned != expected:
-            odd = sorted(set(planned.items()) ^ set(expected.items()))[0][0]
+        if planned != expected or len(self.sites) != len(sites):
+            odd = min((name for name, _ in set(planned.items()) ^ set(expected.items())), default="a site named twice")
             raise InputError(
                 f"plan: expected a model with {_said(planned.get(odd))} at {odd}, "
                 f"got one with {_said(expected.get(odd))}; the plan belongs to another model"
@@ -198,6 +202,8 @@ def _said(size: tuple[int, int] | None) -> str:
 
 def _read_site(value: Mapping[str, Any]) -> PlannedSite:
     units = int(value["units"])
+    if not 1 <= units <= _MOST_UNITS:
+        raise InputError(f"units: expected 1 to {_MOST_UNITS}, got {units}; make the plan again")
     return PlannedSite(
         name=str(value["name"]),
         module=str(value["module"]),

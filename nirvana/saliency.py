@@ -54,6 +54,8 @@ def channel_saliency(
     Source: NIRVANA (arXiv 2509.14230), unit saliency.
     """
     stack.check_ids(ids)
+    if microbatch < 1:
+        raise InputError(f"microbatch: expected at least 1 sequence, got {microbatch}; choose e.g. 2")
     inputs = _layer_inputs(stack, ids, microbatch, on_layer)
     objective, upstream = 0.0, []
     for hidden in inputs.pop():
@@ -102,7 +104,11 @@ def _layer_saliency(
         assert hidden.grad is not None
         upstream[index] = hidden.grad
         inputs[index] = hidden.grad  # frees the activation: the walk never returns to it
-    return {channel_key(slot): _channel_sums(leaves[slot.parameter], slot) for slot in slots}
+    sums = {channel_key(slot): _channel_sums(leaves[slot.parameter], slot) for slot in slots}
+    for slot in slots:
+        if not torch.isfinite(sums[channel_key(slot)]).all():
+            raise InputError(_not_finite(stack, slot.parameter))
+    return sums
 
 
 def _channel_sums(weight: Tensor, slot: Slot) -> Float[Tensor, " channels"]:
@@ -110,13 +116,23 @@ def _channel_sums(weight: Tensor, slot: Slot) -> Float[Tensor, " channels"]:
     assert gradient is not None
     saliency = torch.mul(weight.detach(), gradient).abs_()
     others = [dim for dim in range(saliency.ndim) if dim != slot.dim]
-    sums = saliency.sum(dim=others)
-    if not torch.isfinite(sums).all():
-        raise InputError(
-            f"{slot.parameter}: expected a finite gradient of the objective, got NaN or infinity; check the model's "
-            "weights and the calibration text, or choose another model"
-        )
-    return sums.cpu()
+    return saliency.sum(dim=others).cpu()
+
+
+def _not_finite(stack: Stack, parameter: str) -> str:
+    """Say what is broken: the first weight of the walk that is not finite, else where the gradient overflowed."""
+    architecture = stack.architecture
+    layers = [
+        name for layer in range(stack.num_layers) for name in stack.weights.under(architecture.layer_prefix(layer))
+    ]
+    norm = stack.weights.under(architecture.norm_prefix)
+    for name in (architecture.embedding_parameter, *layers, *norm, stack.head_parameter):
+        if not torch.isfinite(stack.weights[name]).all():
+            return f"{name}: expected finite weights, got NaN or infinity; fetch the model again or choose another"
+    return (
+        f"{parameter}: expected a finite gradient of the objective, got NaN or infinity although all weights are "
+        "finite; the model's activations overflow on this text: change the corpus or choose another model"
+    )
 
 
 def unit_saliency(sites: Iterable[Site], sums: Mapping[str, Tensor]) -> dict[str, Float[Tensor, " units"]]:

@@ -14,19 +14,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nirvana.architectures.registry import architecture_for, read_config
 from nirvana.checkpoint import modeling_nirvana
 from nirvana.checkpoint.config import MODELING_FILE, pruned_config
 from nirvana.errors import InputError
 from nirvana.files import atomic_directory, write_json
 from nirvana.plan import Plan
 from nirvana.slicing import Slicer
-from nirvana.weights import INDEX_NAME, WeightFiles, model_digest
+from nirvana.walk import Stack
+from nirvana.weights import FLOAT_TYPES, INDEX_NAME, WeightFiles, model_digest
 
 PLAN_NAME = "nirvana_plan.json"
-_CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
-_NOT_CARRIED = ("config.json", INDEX_NAME, PLAN_NAME, "nirvana_source.json")
-_ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
+# the tokenizer, how to generate, the licence; adapters, other weights and code stay behind
+_CARRIED = (
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.tiktoken",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -42,22 +54,21 @@ def prune(
     Args:
         model_directory: The dense model.
         plan: Which units stay.
-        checkpoint_directory: Where the checkpoint appears, replacing what is there.
+        checkpoint_directory: Where the checkpoint appears. An earlier pruned checkpoint there is replaced, anything
+            else is refused.
         on_tensor: Called after each tensor is written, for progress.
         match_digest: Refuse a model whose digest is not the plan's; False compares shapes only.
 
     Raises:
-        InputError: If the plan is for another model, a file is broken, or the disk is too small (nothing is left
-            under the final name).
+        InputError: If the plan is for another model, a file is broken, the target holds something else, or the disk
+            is too small (nothing is left under the final name).
     """
-    source, target = Path(model_directory), Path(checkpoint_directory)
-    architecture = architecture_for(read_config(source))
+    source, target = Path(model_directory).resolve(), Path(checkpoint_directory).resolve()
+    _check_target(source, target)
+    stack = Stack.open(source)
+    architecture, weights = stack.architecture, stack.weights
     sites = architecture.sites()
     plan.check_fits(sites, model_digest(source) if match_digest else None)
-    weights = WeightFiles(source)
-    for name in weights:
-        if weights.dtype(name) not in _ITEM_BYTES:
-            raise InputError(f"{name}: expected one of {', '.join(_ITEM_BYTES)}, got {weights.dtype(name)}; convert it")
     slicer = Slicer(sites, plan.keep)
     _check_space(target, _checkpoint_bytes(weights, slicer))
     try:
@@ -79,8 +90,21 @@ def prune(
         ) from error
 
 
+def _check_target(source: Path, target: Path) -> None:
+    """Refuse to replace anything but an earlier pruned checkpoint."""
+    if source == target or target in source.parents:
+        raise InputError(
+            f"{target}: expected a directory apart from the dense model, got it or one above it; choose another"
+        )
+    if target.exists() and not (target.is_dir() and ((target / PLAN_NAME).is_file() or not any(target.iterdir()))):
+        raise InputError(
+            f"{target}: expected no such path, an empty directory or an earlier pruned checkpoint, got something else; "
+            "choose another directory or remove it"
+        )
+
+
 def _tensor_bytes(weights: WeightFiles, slicer: Slicer, name: str) -> int:
-    return math.prod(slicer.shape(name, weights.shape(name))) * _ITEM_BYTES[weights.dtype(name)]
+    return math.prod(slicer.shape(name, weights.shape(name))) * FLOAT_TYPES[weights.dtype(name)]
 
 
 def _checkpoint_bytes(weights: WeightFiles, slicer: Slicer) -> int:
@@ -118,7 +142,7 @@ def _write_file(
     Source: the format's own description, https://github.com/huggingface/safetensors#format.
     """
     # Wide types first: every tensor then starts at a multiple of its item size.
-    ordered = sorted(names, key=lambda name: (-_ITEM_BYTES[weights.dtype(name)], name))
+    ordered = sorted(names, key=lambda name: (-FLOAT_TYPES[weights.dtype(name)], name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in ordered:
@@ -143,5 +167,5 @@ def _copy_companions(source: Path, target: Path) -> None:
     """Copy the tokenizer, generation settings and licence; never code, never other weights."""
     for pattern in _CARRIED:
         for file in sorted(source.glob(pattern)):
-            if file.is_file() and file.name not in _NOT_CARRIED and not (target / file.name).exists():
+            if file.is_file() and file.name != INDEX_NAME:
                 shutil.copyfile(file, target / file.name)

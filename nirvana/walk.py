@@ -18,7 +18,7 @@ from torch.func import functional_call
 from nirvana.architectures.decoder import DecoderArchitecture
 from nirvana.architectures.registry import architecture_for, read_config
 from nirvana.errors import InputError
-from nirvana.weights import WeightFiles, to_compute
+from nirvana.weights import FLOAT_TYPES, WeightFiles, to_compute
 
 TokenIds = Int[Tensor, "batch tokens"]
 Hidden = Float[Tensor, "batch tokens hidden"]
@@ -39,25 +39,54 @@ class Stack:
         """Open a model directory.
 
         Raises:
-            InputError: If the family is unknown, or a file is missing, broken or of another model.
+            InputError: If the family is unknown, the model is quantised, or a file is missing, broken or of another
+                model.
         """
-        architecture = architecture_for(read_config(model_directory))
+        config = read_config(model_directory)
+        if getattr(config, "quantization_config", None) is not None:
+            raise InputError(
+                f"{model_directory}: expected weights in float64, float32, float16 or bfloat16, got a quantised model; "
+                "prune the model it was made from, then quantise the result"
+            )
+        try:
+            architecture = architecture_for(config)
+            shapes = {name: tuple(weight.shape) for name, weight in architecture.skeleton.named_parameters()}
+            architecture.sites()
+        except InputError:
+            raise
+        except Exception as error:  # whatever transformers makes of odd values: no common class
+            raise InputError(
+                f"{model_directory}/config.json: expected the configuration of a model, got values it cannot be built "
+                f"from ({type(error).__name__}: {str(error)[:120]}); fetch the model again"
+            ) from error
         stack = cls(architecture, WeightFiles(model_directory), torch.device(device))
-        stack._check()
+        stack._check(shapes)
         return stack
 
-    def _check(self) -> None:
-        """Find a missing or misshapen parameter now rather than in the middle of a walk."""
-        for name in (self.architecture.embedding_parameter, self.architecture.head_parameter):
-            self.weights.shape(name)
-        for site in self.architecture.sites():
-            for slot in site.slots:
-                expected, size = site.units * slot.block, self.weights.shape(slot.parameter)[slot.dim]
-                if size != expected:
-                    raise InputError(
-                        f"{slot.parameter}: expected {expected} indices along dimension {slot.dim} as config.json "
-                        f"says, got {size}; the configuration and the weights do not belong together"
-                    )
+    def _check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Find a missing, odd or misshapen parameter now rather than in the middle of a walk."""
+        if self.num_layers < 1:
+            raise InputError(f"config.json: expected at least one layer, got {self.num_layers}; fetch the model again")
+        for name, expected in shapes.items():
+            if self.weights.shape(name) != expected:
+                raise InputError(
+                    f"{name}: expected shape {expected} as config.json says, got {self.weights.shape(name)}; "
+                    "the configuration and the weights do not belong together"
+                )
+        for name in self.weights:
+            # a tied head may be stored beside its embedding; old checkpoints store the rotary frequencies
+            known = name in shapes or name == self.head_parameter or name.endswith("rotary_emb.inv_freq")
+            if not known or self.weights.dtype(name) not in FLOAT_TYPES:
+                raise InputError(
+                    f"{name}: expected the parameters of a {self.architecture.family.model_type} model in "
+                    f"{', '.join(FLOAT_TYPES)}, got this one in {self.weights.dtype(name)}; choose another model"
+                )
+
+    @property
+    def head_parameter(self) -> str:
+        """Name of the output head's weight; where the file has one of its own, transformers does not tie it."""
+        own = self.architecture.own_head_parameter
+        return own if own in self.weights else self.architecture.embedding_parameter
 
     @property
     def num_layers(self) -> int:
@@ -74,7 +103,9 @@ class Stack:
         Raises:
             InputError: If an id is negative or not below the vocabulary size.
         """
-        if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < self.architecture.vocab_size):
+        if ids.numel() == 0:
+            raise InputError(f"expected sequences of token ids, got none (shape {tuple(ids.shape)}); add some")
+        if int(ids.min()) < 0 or int(ids.max()) >= self.architecture.vocab_size:
             raise InputError(
                 f"expected token ids below the model's vocabulary size {self.architecture.vocab_size}, got "
                 f"{int(ids.min())} to {int(ids.max())}; the tokenizer does not belong to this model"
@@ -111,7 +142,7 @@ class Stack:
 
     def head_weight(self) -> Tensor:
         """Return the output head as stored: `[vocab, hidden]`. Upcast a chunk at a time."""
-        return self.weights[self.architecture.head_parameter]
+        return self.weights[self.head_parameter]
 
 
 def microbatches(sequences: int, size: int) -> Iterator[slice]:

@@ -15,6 +15,8 @@ from nirvana.files import sha256_file
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+FLOAT_TYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Bytes an element of the types that weights may have, as safetensors spells them."""
 
 
 def weight_files(model_directory: Path | str) -> list[Path]:
@@ -25,7 +27,8 @@ def weight_files(model_directory: Path | str) -> list[Path]:
     """
     directory = Path(model_directory)
     index = directory / INDEX_NAME
-    if index.is_file():
+    # as transformers: a whole file goes before an index
+    if index.is_file() and not (directory / WEIGHTS_NAME).is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -60,10 +60,10 @@ def candidate_key(kind: str, **depends_on: Any) -> str:
 def _code_digest() -> str:
     import nirvana
 
-    root = Path(nirvana.__file__).parent
     digest = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
-        digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    for root in (Path(nirvana.__file__).parent, Path(__file__).parent):
+        for file in sorted(root.rglob("*.py")):
+            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
 

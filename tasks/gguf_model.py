@@ -21,7 +21,8 @@ def convert_gguf(gguf_file: Path, directory: Path) -> None:
         directory: Where config.json, the safetensors and the tokenizer files go; exists already.
 
     Raises:
-        InputError: If the file is not GGUF, or holds an architecture that transformers cannot read from GGUF.
+        InputError: If the file is not GGUF, or holds an architecture that transformers cannot read from GGUF or
+            that cannot be pruned.
     """
     with gguf_file.open("rb") as file:
         magic = file.read(4)
@@ -31,18 +32,23 @@ def convert_gguf(gguf_file: Path, directory: Path) -> None:
             "name another member or download the file again"
         )
 
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
+
+    from nirvana.architectures.registry import FAMILIES, architecture_for
 
     _LOG.info("converting %s to fp32 safetensors (20-130 s)", gguf_file.name)
     location = {"gguf_file": gguf_file.name, "local_files_only": True}
     try:
+        architecture_for(AutoConfig.from_pretrained(gguf_file.parent, **location))
         tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, **location)
         model = _load_dequantised(gguf_file, location)
+    except InputError:
+        raise
     except (ValueError, KeyError, OSError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
-            f"{gguf_file.name}: transformers cannot read this GGUF file ({reason}); "
-            "use a safetensors checkpoint of the same model (hf: or path:)"
+            f"{gguf_file.name}: transformers cannot read this GGUF file ({reason}); use a whole file of one of "
+            f"{', '.join(sorted(FAMILIES))}, or a safetensors checkpoint of the same model (hf: or path:)"
         ) from error
     model.save_pretrained(directory)
     for option in ("local_files_only", "is_local", "gguf_file"):  # how it was read here is no property of the tokenizer

@@ -93,6 +93,15 @@ def resolve_commit(source: HubSource, kind: str) -> tuple[str, list[str]]:
     return info.sha, [sibling.rfilename for sibling in info.siblings or []]
 
 
+def download_early(source: HubSource, commit: str, name: str) -> Path:
+    """Download one file of a model repository and return the cache's directory; `download_files` finds it there."""
+    from huggingface_hub import snapshot_download
+
+    cache = _cache(source, commit)
+    snapshot_download(source.repository, revision=commit, local_dir=cache, allow_patterns=[name])
+    return cache
+
+
 def download_files(source: HubSource, commit: str, names: list[str], directory: Path) -> None:
     """Download files of a model repository into a directory, by way of a cache that lets a killed run resume.
 
@@ -104,9 +113,13 @@ def download_files(source: HubSource, commit: str, names: list[str], directory: 
     """
     from huggingface_hub import snapshot_download
 
-    cache = CACHE / f"{source.repository.replace('/', '--')}@{commit}"
+    cache = _cache(source, commit)
     _LOG.info("downloading %d files of %s at %s", len(names), source.repository, commit)
     snapshot_download(source.repository, revision=commit, local_dir=cache, allow_patterns=names)
     for name in names:
         shutil.move(cache / name, directory / name)
     shutil.rmtree(cache)
+
+
+def _cache(source: HubSource, commit: str) -> Path:
+    return CACHE / f"{source.repository.replace('/', '--')}@{commit}"

@@ -38,10 +38,11 @@ def tracking_uri() -> str:
 def public_uri() -> str:
     """Return the store's URI without credentials, and without this machine's directories if it is the default."""
     given = os.environ.get("MLFLOW_TRACKING_URI")
-    return _without_credentials(given).partition("?")[0] if given else f"sqlite:///{DATABASE}"
+    return without_credentials(given).partition("?")[0] if given else f"sqlite:///{DATABASE}"
 
 
-def _without_credentials(text: str) -> str:
+def without_credentials(text: str) -> str:
+    """Return a text without the user and password of the URLs in it."""
     return re.sub(r"://[^/\s]*@", "://", text)
 
 
@@ -72,7 +73,7 @@ def open_store() -> Iterator[tuple["MlflowClient", str]]:
             client = mlflow.MlflowClient(tracking_uri())
             yield client, _experiment_id(client, root)
         except MlflowException as error:
-            answer = _without_credentials(error.message)[:200]
+            answer = without_credentials(error.message)[:200]
             raise InputError(
                 f"MLflow at {public_uri()}: expected a store that takes this run, got {answer!r}; check "
                 "MLFLOW_TRACKING_URI or unset it"

@@ -52,6 +52,17 @@ def check_model_directory(directory: Path, trust_remote_code: bool = False) -> N
     _check_vocabulary(directory, trust_remote_code)
 
 
+def check_architecture(directory: Path) -> None:
+    """Check that a directory's config.json is of a family that can be pruned; its weights may still be missing.
+
+    Raises:
+        InputError: If there is no readable configuration, or it is of another family.
+    """
+    from nirvana.architectures.registry import architecture_for, read_config
+
+    architecture_for(read_config(directory))
+
+
 def check_safetensors(path: Path) -> None:
     """Check that a safetensors file is as long as its header says.
 

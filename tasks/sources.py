@@ -66,7 +66,14 @@ def _parse_hub(source: str, rest: str) -> HubSource:
             "under its name, so pin a commit (or a tag) after @"
         )
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository) or ".." in repository:
-        raise InputError(f"source {source!r}: expected hf:ORG/NAME@REVISION, got the repository name {repository!r}")
+        raise InputError(
+            f"source {source!r}: expected hf:ORG/NAME@REVISION, got the repository name {repository!r}; "
+            "copy it from the hub"
+        )
+    if not re.fullmatch(r"[\w./+-]+", revision):
+        raise InputError(
+            f"source {source!r}: expected hf:ORG/NAME@REVISION, got the revision {revision!r}; pin a commit after @"
+        )
     return HubSource(repository, revision)
 
 

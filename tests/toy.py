@@ -23,6 +23,7 @@ _COPIED = (
     "pyproject.toml",
     "flows/__init__.py",
     "flows/environment.py",
+    "flows/leash.py",
     "flows/pipeline.py",
     "flows/step.py",
     "flows/summary.py",
@@ -39,6 +40,7 @@ _COPIED = (
     "tasks/process.py",
     "tasks/record.py",
     "tasks/registry.py",
+    "tasks/sources.py",
 )
 
 _TOY = """

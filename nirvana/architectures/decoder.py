@@ -49,6 +49,8 @@ class DecoderArchitecture:
 
     embedding_parameter = "model.embed_tokens.weight"
     norm_prefix = "model.norm."
+    own_head_parameter = "lm_head.weight"
+    """Name of the output head's weight where it is not the embedding's."""
 
     def __init__(self, family: DecoderFamily, config: PretrainedConfig):
         self.family = family
@@ -67,11 +69,6 @@ class DecoderArchitecture:
     def vocab_size(self) -> int:
         """Rows of the output head."""
         return self.config.vocab_size
-
-    @property
-    def head_parameter(self) -> str:
-        """Name of the output head's weight: the embedding's when they are tied."""
-        return self.embedding_parameter if self.config.tie_word_embeddings else "lm_head.weight"
 
     def layer_prefix(self, layer: int) -> str:
         """Return what all parameter names of a layer begin with."""

@@ -39,8 +39,8 @@ def read_config(model_directory: Path | str) -> PretrainedConfig:
         raise InputError(f"{directory}: expected a model directory with config.json, found none; check the path")
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        cause = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever transformers makes of odd values: no common class
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise InputError(
             f"{directory}/config.json: expected the configuration of one of {', '.join(sorted(FAMILIES))}, "
             f"got one that cannot be read ({cause}); fetch the model again or choose another"

@@ -104,19 +104,20 @@ def mlflow_runs(path: Path) -> list[tuple[str, str]]:
         return database.execute("SELECT status, name FROM runs ORDER BY start_time").fetchall()
 
 
+def ask(api: str, what: str, query: dict) -> list[dict]:
+    request = Request(f"{api}/{what}/filter", json.dumps(query).encode(), {"Content-Type": "application/json"})
+    with urlopen(request, timeout=30) as answer:
+        return json.load(answer)
+
+
 def last_flow_run(api: str) -> tuple[dict, dict[str, str]]:
     """Return the newest flow run and the state name of each of its tasks."""
 
-    def ask(what: str, query: dict) -> list[dict]:
-        request = Request(f"{api}/{what}/filter", json.dumps(query).encode(), {"Content-Type": "application/json"})
-        with urlopen(request, timeout=30) as answer:
-            return json.load(answer)
-
-    run = ask("flow_runs", {"sort": "START_TIME_DESC", "limit": 1})[0]
+    run = ask(api, "flow_runs", {"sort": "START_TIME_DESC", "limit": 1})[0]
     tasks: dict[str, str] = {}
 
     def all_there() -> bool:  # task states arrive by events, a moment later
-        found = ask("task_runs", {"flow_runs": {"id": {"any_": [run["id"]]}}})
+        found = ask(api, "task_runs", {"flow_runs": {"id": {"any_": [run["id"]]}}})
         tasks.update({task["name"]: task["state_name"] for task in found})
         return bool(tasks) and not {"Pending", "Running"} & set(tasks.values())
 
@@ -196,6 +197,38 @@ def test_a_failing_step_fails_the_flow_with_one_line(checkout: Path, api: str) -
         assert (cause,) in database.execute("SELECT value FROM tags WHERE key = 'nirvana.error'").fetchall()
     # the next run takes up where this one stopped
     runs(checkout)
+    flow(checkout, api)
+    assert runs(checkout) == ["allocate", "prune", "evaluate", "benchmark", "report"]
+
+
+def test_a_killed_step_fails_the_flow_and_the_next_run_works(checkout: Path, api: str) -> None:
+    set_param(checkout, "pruning_ratio: 0.2 ", "pruning_ratio: 0.35 ")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flows.pipeline"],
+        cwd=checkout,
+        env=environment(PREFECT_API_URL=api, TOY_SLEEPS="allocate"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    asleep = checkout / ".cache/asleep"
+    try:
+        wait_for(lambda: asleep.exists() and asleep.read_text(), 60)
+        os.kill(int(asleep.read_text()), signal.SIGKILL)
+        told = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+        process.wait(30)
+    cause = "allocate was killed (signal 9), perhaps for lack of memory; run the same command again"
+    assert process.returncode == 1
+    assert [line for line in told.splitlines() if line.startswith("error: ")] == [f"error: {cause}"]
+    run, states = last_flow_run(api)
+    assert (run["state"]["type"], run["state"]["message"]) == ("FAILED", cause)
+    assert states["allocate"] == "Failed"
+    # what the step itself logged reached Prefect
+    logs = ask(api, "logs", {"logs": {"flow_run_id": {"any_": [run["id"]]}}})
+    assert "toy allocate works" in {log["message"] for log in logs}
+    assert runs(checkout) == ["score_pool", "allocate"]
     flow(checkout, api)
     assert runs(checkout) == ["allocate", "prune", "evaluate", "benchmark", "report"]
 

@@ -104,6 +104,8 @@ def test_everything_ran_and_is_there(finished):
     assert (finished / "reports/report.html").stat().st_size > 10_000
     assert json.loads((finished / "reports/mlflow_run.json").read_text())["run_id"]
     assert list((finished / ".cache/candidates").iterdir()) == []
+    metrics = dvc(finished, "metrics", "show").stdout
+    assert "kl_divergence" in metrics and "achieved_ratio.total" in metrics
 
 
 def test_two_clones_and_any_number_of_workers_give_the_same_bytes(parent, finished):
@@ -156,8 +158,113 @@ def test_bad_input_is_one_line_and_nothing_is_half_written(finished, changes, st
     assert not list(finished.rglob("*.tmp"))
 
 
+# Faults on disk. Each breaks a copy of the finished checkout: a new file in place of the old one, as DVC's are links.
+
+
+def replace(file: Path, content: bytes) -> None:
+    file.unlink(missing_ok=True)
+    file.write_bytes(content)
+
+
+def change_json(file: Path, **changes: object) -> None:
+    replace(file, json.dumps(json.loads(file.read_text()) | changes).encode())
+
+
+def truncate(file: Path) -> None:
+    replace(file, file.read_bytes()[:-100])
+
+
+def broken_source(checkout: Path) -> Path:
+    """Make a copy of the source model the checkout's source, and return it."""
+    shutil.copytree(checkout.parent / "model", checkout / "source")
+    write_params(checkout, model={"source": "path:source"})
+    return checkout / "source"
+
+
+def of_another_family(checkout: Path) -> None:
+    change_json(broken_source(checkout) / "config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"])
+
+
+def source_is_cut_off(checkout: Path) -> None:
+    truncate(broken_source(checkout) / "model.safetensors")
+
+
+def vocabulary_does_not_fit(checkout: Path) -> None:
+    change_json(broken_source(checkout) / "config.json", vocab_size=100)
+
+
+def model_is_cut_off(checkout: Path) -> None:
+    truncate(checkout / "data/model/model.safetensors")
+
+
+def weights_are_missing(checkout: Path) -> None:
+    (checkout / "data/model/model.safetensors").unlink()
+
+
+def weight_is_nan(checkout: Path) -> None:
+    from safetensors.torch import load, save
+
+    file = checkout / "data/model/model.safetensors"
+    tensors = load(file.read_bytes())
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    replace(file, save(tensors, {"format": "pt"}))
+
+
+def plan_is_of_another_model(checkout: Path) -> None:
+    plan = json.loads((checkout / "artifacts/plan.json").read_text())
+    change_json(checkout / "artifacts/plan.json", model=plan["model"] | {"digest": "sha256:" + "0" * 64})
+
+
+def nothing(checkout: Path) -> None:
+    """The disk is what fails."""
+
+
+@pytest.fixture
+def broken(finished):
+    path = finished.parent / "broken"
+    shutil.copytree(finished, path, ignore=shutil.ignore_patterns(".git", ".dvc"))
+    yield path
+    shutil.rmtree(path)
+
+
+def results(path: Path) -> dict[str, bytes]:
+    """Return every file below the folders that steps write to, with its content."""
+    files = [file for folder in ("data", "artifacts", "reports") for file in (path / folder).rglob("*")]
+    return {str(file.relative_to(path)): file.read_bytes() for file in files if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("break_it", "step", "message", "largest_kib"),
+    [
+        (of_another_family, "fetch_model", "unsupported architecture 'gpt2': expected one of llama", "unlimited"),
+        (source_is_cut_off, "fetch_model", "path:source/model.safetensors: expected", "unlimited"),
+        (vocabulary_does_not_fit, "fetch_model", "tokenizer and model do not fit", "unlimited"),
+        (model_is_cut_off, "collect_gradients", "data/model/model.safetensors", "unlimited"),
+        (weights_are_missing, "collect_gradients", "model.safetensors", "unlimited"),
+        (weight_is_nan, "collect_gradients", "finite", "unlimited"),
+        (plan_is_of_another_model, "prune", "plan: expected the model sha256:0000", "unlimited"),
+        (nothing, "prune", "the disk became full", "16"),
+    ],
+)
+def test_a_fault_is_one_line_and_leaves_results_alone(broken, break_it, step, message, largest_kib):
+    break_it(broken)
+    before = results(broken)
+    limited = f'ulimit -f {largest_kib}; exec "$0" -m tasks {step}'
+    # a file cut off at the limit must not be bytecode
+    done = command(broken, "bash", "-c", limited, sys.executable, check=False, PYTHONDONTWRITEBYTECODE="1")
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0], done.stderr
+    assert "Traceback" not in done.stderr
+    assert results(broken) == before
+    assert not list(broken.rglob("*.tmp"))
+
+
 def test_killed_step_resumes_and_no_orphan_writes(parent):
     path = checkout(parent, "killed")
+    # enough work after the first candidate that the signal always comes in time
+    candidates = 20
+    write_params(path, calibration={"pool_size": candidates, "sequences": 8, "sequence_length": 96})
     dvc(path, "repro", "sample_pool")
     driver = subprocess.Popen(
         [sys.executable, "-m", "dvc", "repro", "collect_gradients"],
@@ -176,10 +283,8 @@ def test_killed_step_resumes_and_no_orphan_writes(parent):
     done_before = {file.name: file.stat().st_mtime_ns for file in cache.glob("*.safetensors")}
     time.sleep(2)
     assert {file.name: file.stat().st_mtime_ns for file in cache.glob("*.safetensors")} == done_before
-    if (path / "artifacts/channel_saliency").exists():
-        pytest.skip("the step was done before the signal came")
-    assert done_before
+    assert 0 < len(done_before) < candidates and not (path / "artifacts/channel_saliency").exists()
     dvc(path, "repro", "collect_gradients")
     log = (path / ".cache/steps/collect_gradients.log").read_text()
-    assert f"resuming, {len(done_before)} of 3 candidates are already done" in log
-    assert len(list((path / "artifacts/channel_saliency").iterdir())) == 3
+    assert f"resuming, {len(done_before)} of {candidates} candidates are already done" in log
+    assert len(list((path / "artifacts/channel_saliency").iterdir())) == candidates

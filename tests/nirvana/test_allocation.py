@@ -144,6 +144,29 @@ shapes = st.fixed_dictionaries(
 )
 
 
+def test_neurons_too_few_to_make_up_for_a_group():
+    """One layer, groups of 60 weights, 8 neurons of 1 that must all stay: 0, 60/248, ... and nothing between."""
+    sites = make_sites(layers=1, groups=4, neurons=8, group_weights=60, neuron_weights=1)
+    with pytest.raises(InputError, match=r"0\.1 cannot be reached: .* nearest reachable ratio is 0\.0000"):
+        allocate(sites, ascending(sites), 0.1, 1.0, round_to=8)
+    keep = allocate(sites, ascending(sites), 0.24, 1.0, round_to=8)
+    assert len(keep["layers.0.kv_group"]) == 3
+
+
+def test_uniform_names_the_nearest_ratio():
+    few = make_sites(layers=2, groups=2, neurons=4, group_weights=100)
+    with pytest.raises(InputError, match=r"nearest reachable ratio is 0\.4"):
+        allocate(few, ascending(few), 0.3, 1.0, round_to=2, scope="uniform")
+
+
+def test_layers_of_different_size():
+    small, large = make_sites(layers=1, groups=2, neurons=8), make_sites(layers=2, groups=6, neurons=40)[2:]
+    sites = small + large
+    saliency = {s.name: np.linspace(1, 2, s.units, dtype=np.float32) for s in sites}
+    keep = allocate(sites, saliency, 0.4, 1.0, round_to=2)
+    assert abs(ratio(sites, keep) - 0.4) * sum(s.weights for s in sites) <= 6
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     shape=shapes,

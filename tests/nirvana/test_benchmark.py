@@ -1,5 +1,7 @@
 """Sizes, FLOPs and ratios against hand-computed values; no assertion on a time."""
 
+import json
+
 import pytest
 import torch
 from tiny import tiny_llama
@@ -69,7 +71,11 @@ def test_parameters_and_weight_bytes(tied):
 def test_checkpoint_bytes_sum_the_shards_only(tmp_path):
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"x" * 10)
     (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"x" * 7)
+    names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    index = {"weight_map": {f"tensor{number}": name for number, name in enumerate(names)}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "tokenizer.json").write_bytes(b"x" * 100)
+    (tmp_path / "consolidated.safetensors").write_bytes(b"x" * 100)  # the same weights once more, as Mistral ships
     assert checkpoint_bytes(tmp_path) == 17
 
 

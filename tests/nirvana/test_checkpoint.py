@@ -84,17 +84,21 @@ def test_uniform_loads_in_stock_classes_without_a_flag(name, tmp_path):
     out = run_elsewhere(GREEDY.format(trust=False, ids=ids[0].tolist()), tmp_path).splitlines()
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = masked_dense(tmp_path / "dense", keep).generate(ids, **settings)[0].tolist()
-    assert out[0].startswith("transformers ") and not out[0].endswith("Nirvana")
+    stock = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[name]
+    assert out[0] == f"transformers {stock}ForCausalLM"
     assert out[1:] == [str(expected), "True"]
 
 
 def test_code_is_not_run_without_the_flag(tmp_path):
-    make_checkpoint("llama", tmp_path)
+    checkpoint, _ = make_checkpoint("llama", tmp_path)
+    modelling = checkpoint / "modeling_nirvana.py"
+    modelling.write_text("open('was_run', 'w').close()\n" + modelling.read_text())
     blocked = "import sys; sys.modules['nirvana'] = None\n"
     code = "from transformers import AutoModelForCausalLM as A; A.from_pretrained('pruned', trust_remote_code=False)"
     done = subprocess.run([sys.executable, "-c", blocked + code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0
     assert "trust_remote_code" in done.stderr or "nirvana_llama" in done.stderr
+    assert not (tmp_path / "was_run").exists()
 
 
 def test_import_nirvana_suffices_in_either_order(tmp_path):

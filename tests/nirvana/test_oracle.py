@@ -30,6 +30,14 @@ def token_ids(name):
     return torch.tensor(json.loads((ORACLE / f"{name}.json").read_text()))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def both_cores():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def expected():
     return json.loads((ORACLE / "expected_ratio_0.4_gamma_3.36.json").read_text())
@@ -42,7 +50,6 @@ def stack():
 
 @functools.cache
 def _saliency():
-    torch.set_num_threads(2)
     return channel_saliency(Stack.open(real_model()), token_ids("calibration_ids"), microbatch=4)
 
 

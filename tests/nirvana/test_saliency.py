@@ -1,11 +1,14 @@
 """Saliency against a hand-computed case and against naive code that holds every gradient and all logits."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import family_configs, random_ids, save_family
 from transformers import AutoModelForCausalLM
 
+from nirvana.allocation import allocate
 from nirvana.architectures.site import Site, Slot
 from nirvana.errors import InputError
 from nirvana.objective import head_maxima
@@ -41,16 +44,16 @@ def test_equals_naive_full_gradient(name, tmp_path):
     }
     assert result.sums.keys() == expected.keys()
     for key, vector in expected.items():
-        torch.testing.assert_close(result.sums[key], vector, rtol=1e-4, atol=1e-4 * float(vector.max()))
+        torch.testing.assert_close(result.sums[key], vector, rtol=1e-4, atol=1e-7 * float(vector.max()))
 
 
-@pytest.mark.parametrize("microbatch", [1, 3, 6])
+@pytest.mark.parametrize("microbatch", [1, 3, 4])
 def test_microbatch_changes_nothing(microbatch, tmp_path):
     stack, ids = Stack.open(save_family("llama", tmp_path)), random_ids(6, 9)
     whole, parts = (channel_saliency(stack, ids, size) for size in (6, microbatch))
     assert parts.objective == pytest.approx(whole.objective, rel=1e-6)
     for key, vector in whole.sums.items():
-        torch.testing.assert_close(parts.sums[key], vector, rtol=1e-4, atol=1e-4 * float(vector.max()))
+        torch.testing.assert_close(parts.sums[key], vector, rtol=1e-4, atol=1e-7 * float(vector.max()))
 
 
 def test_absolute_value_follows_the_sum_over_the_set(tmp_path):
@@ -90,13 +93,51 @@ def test_unit_saliency_by_hand():
     assert unit_saliency([site], sums)["layers.0.kv_group"].tolist() == [13.0, 27.0]
 
 
-def test_not_finite_gradient_names_the_parameter(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", float("inf")),
+        ("model.layers.0.self_attn.k_proj.weight", float("nan")),
+        ("model.embed_tokens.weight", float("nan")),
+        ("model.norm.weight", float("-inf")),
+    ],
+)
+def test_not_finite_weight_is_named(name, value, tmp_path):
     save_family("llama", tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][3, 0] = float("inf")
+    weights[name].view(-1)[3] = value
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=r"model\.layers\.\d\..*finite gradient"):
+    ids = torch.arange(512).view(4, 128)  # every token: a broken embedding row is used
+    with pytest.raises(InputError, match=rf"^{re.escape(name)}: expected finite weights"):
+        channel_saliency(Stack.open(tmp_path), ids)
+
+
+def test_overflow_with_finite_weights_names_a_gradient(tmp_path):
+    save_family("llama", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"].fill_(3e38)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"^model\.layers\.2\..*: expected a finite gradient"):
         channel_saliency(Stack.open(tmp_path), random_ids(2, 5))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3-biases", "mistral-sliding"])
+def test_kept_sets_differ_from_naive_only_at_the_cut(name, tmp_path):
+    save_family(name, tmp_path)
+    stack, ids = Stack.open(tmp_path), random_ids(5, 12)
+    sites = stack.architecture.sites()
+    _, full = naive_saliency(tmp_path, ids)
+    slots = [slot for site in sites for slot in site.weight_slots]
+    naive = unit_saliency(sites, {channel_key(s): full[s.parameter].sum(dim=1 - s.dim) for s in slots})
+    ours = unit_saliency(sites, channel_saliency(stack, ids).sums)
+    kept = [allocate(sites, {k: v.numpy() for k, v in s.items()}, 0.4, 3.36, round_to=1) for s in (naive, ours)]
+    for module in ("attention", "mlp"):
+        of_module = [site.name for site in sites if site.module == module]
+        gone = [naive[n][~torch.isin(torch.arange(len(naive[n])), torch.from_numpy(kept[0][n]))] for n in of_module]
+        cut = max((float(values.max()) for values in gone if len(values)), default=0.0)
+        for site in of_module:
+            for unit in set(kept[0][site].tolist()) ^ set(kept[1][site].tolist()):
+                assert float(naive[site][unit]) == pytest.approx(cut, rel=1e-4)
 
 
 def test_token_out_of_range_is_refused(tmp_path):

@@ -111,16 +111,38 @@ def test_missing_weights_and_missing_tensor(tmp_path):
     with pytest.raises(InputError, match=r"expected a tensor 'model\.layers\.3"):
         Stack.open(model)
     (model / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
-    with pytest.raises(InputError, match=r"gate_proj\.weight: expected 40 indices .* got 48"):
+    with pytest.raises(InputError, match=r"gate_proj\.weight: expected shape \(40, 32\) .* got \(48, 32\)"):
         Stack.open(model)
 
 
 def test_shard_outside_the_directory_is_refused(tmp_path):
     model = save_family("llama", tmp_path / "dense")
+    (model / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "../secret.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match="expected file names beside it"):
         Stack.open(model)
+
+
+def test_only_an_earlier_checkpoint_is_replaced(tmp_path):
+    model = save_family("llama", tmp_path / "home" / "dense")
+    plan, before = plan_for(model), model_digest(model)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(model)
+    for target in (model, model.parent, tmp_path / "file", tmp_path / "folder", tmp_path / "link"):
+        with pytest.raises(InputError, match="choose another"):
+            prune(model, plan, target)
+    assert model_digest(model) == before
+    assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "thesis.txt").read_text() == "mine"
+
+
+def test_an_adapter_does_not_travel(tmp_path):
+    model = save_family("llama", tmp_path / "dense")
+    (model / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    prune(model, plan_for(model), tmp_path / "pruned")
+    assert not (tmp_path / "pruned" / "adapter_config.json").exists()
 
 
 def test_full_disk_leaves_nothing(tmp_path):

@@ -1,6 +1,7 @@
 """Fan-out: nothing is lost when a step is killed, nothing broken is used, and workers do not change a byte."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from tiny import random_ids, tiny_llama
 
 from nirvana.errors import InputError
 from nirvana.files import sha256_directory
-from tasks import candidates, collect_gradients, score_pool
+from tasks import aggregate_saliency, candidates, collect_gradients, score_pool
 from tasks.candidates import Job, candidate_key, run_jobs
 from tasks.params import load_params, parse_params
 
@@ -97,10 +98,19 @@ def test_cache_is_emptied_when_the_step_is_done(params, pool):
     assert list(candidates.CACHE.iterdir()) == []
 
 
-def test_killed_step_resumes_at_its_candidates(params, pool, monkeypatch):
+@pytest.mark.parametrize(
+    ("step", "name", "output"),
+    [(collect_gradients, "channel_saliency", "channel_saliency"), (score_pool, "kl_divergence", "selection")],
+)
+def test_killed_step_resumes_at_its_candidates(step, name, output, params, pool, monkeypatch):
     """Two of three candidates are done when the step dies; the next run computes one."""
+    collect_gradients.run(params, pool, pool)
+    aggregate_saliency.run(params, pool, pool)
+    step.run(params, pool, pool)
+    undisturbed = content(pool[output])
+    remove(pool[output])
     calls = []
-    real = collect_gradients.channel_saliency
+    real = getattr(step, name)
 
     def counted(*args, **kwargs):
         calls.append(1)
@@ -108,17 +118,21 @@ def test_killed_step_resumes_at_its_candidates(params, pool, monkeypatch):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(collect_gradients, "channel_saliency", counted)
+    monkeypatch.setattr(step, name, counted)
     with pytest.raises(KeyboardInterrupt):
-        collect_gradients.run(params, pool, pool)
-    assert not pool["channel_saliency"].exists()
-    collect_gradients.run(params, pool, pool)
+        step.run(params, pool, pool)
+    assert not pool[output].exists()
+    step.run(params, pool, pool)
     assert len(calls) == 4
-    resumed = sha256_directory(pool["channel_saliency"])
-    monkeypatch.undo()
-    os.chdir(pool["model"].parent)
-    collect_gradients.run(params, pool, pool)
-    assert sha256_directory(pool["channel_saliency"]) == resumed
+    assert content(pool[output]) == undisturbed
+
+
+def content(path):
+    return sha256_directory(path) if path.is_dir() else path.read_bytes()
+
+
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def test_not_finite_cache_is_not_used(params, pool):
@@ -139,8 +153,6 @@ def test_not_finite_cache_is_not_used(params, pool):
 
 @pytest.mark.slow
 def test_workers_change_no_byte(params, pool, tmp_path):
-    from tasks import aggregate_saliency
-
     digests = []
     for workers in (1, 2):
         many = with_runtime(params, workers=workers)

