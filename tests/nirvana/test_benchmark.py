@@ -142,6 +142,7 @@ def test_warning_names_what_is_not_faster(prefill, decode, named, not_named):
     assert not any(each in warning for each in not_named)
 
 
+@pytest.mark.slow
 def test_benchmark_of_two_checkpoints(tmp_path):
     dense = tiny_llama(tmp_path / "dense", intermediate_size=2048)
     pruned = tiny_llama(tmp_path / "pruned", intermediate_size=1024)
@@ -158,6 +159,7 @@ def test_benchmark_of_two_checkpoints(tmp_path):
     assert min(result["dense"]["peak_bytes"], result["pruned"]["peak_bytes"]) > 0
 
 
+@pytest.mark.slow
 def test_peak_memory_grows_with_the_model(tmp_path):
     small = peak_bytes(tiny_llama(tmp_path / "small"), CPU, 1, 16, 1)
     large_directory = tiny_llama(tmp_path / "large", intermediate_size=200_000)  # 154 MB of weights

@@ -89,6 +89,7 @@ def test_uniform_loads_in_stock_classes_without_a_flag(name, tmp_path):
     assert out[1:] == [str(expected), "True"]
 
 
+@pytest.mark.slow
 def test_code_is_not_run_without_the_flag(tmp_path):
     checkpoint, _ = make_checkpoint("llama", tmp_path)
     modelling = checkpoint / "modeling_nirvana.py"
@@ -101,6 +102,7 @@ def test_code_is_not_run_without_the_flag(tmp_path):
     assert not (tmp_path / "was_run").exists()
 
 
+@pytest.mark.slow
 def test_import_nirvana_suffices_in_either_order(tmp_path):
     make_checkpoint("llama", tmp_path)
     load = "transformers.AutoModelForCausalLM.from_pretrained('pruned'); print(type(m).__module__)"

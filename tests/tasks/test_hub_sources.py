@@ -92,6 +92,7 @@ def hub_corpus(tmp_path_factory):
     return corpus
 
 
+@pytest.mark.slow
 def test_model_of_the_hub(hub_model, tmp_path):
     with hub_stand_in({"models/acme/tiny": hub_model}) as hub:
         done = fetch(hub, "fetch_model", "model", model_values("hf:acme/tiny@v1.0"), tmp_path)
@@ -110,6 +111,7 @@ def test_model_of_the_hub(hub_model, tmp_path):
     assert not [file for file in (tmp_path / "home").rglob("*") if file.is_file()]
 
 
+@pytest.mark.slow
 def test_pinned_commit_gives_the_same_digest(hub_model, tmp_path):
     digests = []
     with hub_stand_in({"models/acme/tiny": hub_model}) as hub:
@@ -122,6 +124,7 @@ def test_pinned_commit_gives_the_same_digest(hub_model, tmp_path):
     assert digests[0] == digests[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "reason"),
     [

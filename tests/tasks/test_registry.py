@@ -70,6 +70,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_every_module_that_a_step_imports_is_a_dependency() -> None:
     done = subprocess.run(
         [sys.executable, "-c", IMPORTS, *NAMES], cwd=ROOT, capture_output=True, text=True, check=False
