@@ -5,6 +5,7 @@ It is light: torch is loaded by the submodules that need it, on first use.
 """
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import wrapt
@@ -31,8 +32,17 @@ def __getattr__(name: str) -> Any:
 
 
 def _register_first(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
-    importlib.import_module("nirvana.checkpoint.modeling_nirvana").register()
+    if _may_be_pruned(str(args[0] if args else next(iter(kwargs.values()), ""))):
+        register = importlib.import_module("nirvana.checkpoint.modeling_nirvana").register
+        for name in importlib.import_module("nirvana.architectures").family_names():
+            register(name)
     return wrapped(*args, **kwargs)
+
+
+def _may_be_pruned(name: str) -> bool:
+    """Look before importing every family's classes: most models are not ours."""
+    config = Path(name) / "config.json"
+    return b"nirvana_" in config.read_bytes() if config.is_file() else not Path(name).is_dir()
 
 
 def _wrap(configuration_auto: Any) -> None:

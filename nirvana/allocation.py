@@ -3,11 +3,14 @@
 Ranking is global over layers, separately for KV groups and for MLP neurons. With A and M the block weights in attention
 and MLP, ratio r and γ = MLP rate ÷ attention rate:  p_attn = r·(A+M)/(A+γM),  p_mlp = γ·p_attn.
 
+Sites that must keep equally many units (the experts of a layer) are ranked as one: its n-th unit is the n-th best of
+each of them.
+
 Source: NIRVANA (arXiv 2509.14230), allocation. Caps, exact counts and the uniform scope are ours (docs/concepts.md).
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -56,15 +59,64 @@ def allocate(
         InputError: If the ratio cannot be reached (the message names the largest reachable one), `round_to` is larger
             than a layer, or the saliency does not belong to these sites.
     """
-    request = _Request(tuple(sites), saliency, pruning_ratio, gamma, round_to)
+    _check_saliency(sites, saliency)
+    if scope == "uniform":
+        saliency = _aligned(sites, saliency)
+    ranked, ranked_saliency = _merged(sites, saliency)
+    request = _Request(ranked, ranked_saliency, pruning_ratio, gamma, round_to)
     request.check()
     if scope == "uniform":
         if rule == "published":
             raise InputError(
                 "allocation.rule: published is defined for scope global only, got scope uniform; use rule exact"
             )
-        return _uniform(request, loadable_kv_groups)
-    return _published(request) if rule == "published" else _exact(request)
+        keep = _uniform(request, loadable_kv_groups)
+    else:
+        keep = _published(request) if rule == "published" else _exact(request)
+    return {
+        site.name: keep[site.name] if site.equal_with is None else _best(site, saliency, len(keep[site.equal_with]))
+        for site in sites
+    }
+
+
+def _check_saliency(sites: Sequence[Site], saliency: Mapping[str, NDArray[np.float32]]) -> None:
+    for site in sites:
+        values = saliency.get(site.name)
+        if values is None or values.shape != (site.units,) or not np.isfinite(values).all():
+            got = "nothing" if values is None else f"shape {values.shape} or values that are not finite"
+            raise InputError(
+                f"{site.name}: expected {site.units} finite saliency values, got {got}; "
+                "the saliency belongs to another model: collect it again"
+            )
+
+
+def _aligned(sites: Sequence[Site], saliency: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+    """Give sites that must keep the same indices their common sum, so that they do."""
+    groups: dict[str, list[str]] = {}
+    for site in sites:
+        groups.setdefault(site.aligned_with or f"{site.name} alone", []).append(site.name)
+    sums = {name: np.sum([saliency[each] for each in names], axis=0) for names in groups.values() for name in names}
+    return {name: total.astype(np.float32) for name, total in sums.items()}
+
+
+def _merged(
+    sites: Sequence[Site], saliency: Mapping[str, NDArray[np.float32]]
+) -> tuple[tuple[Site, ...], dict[str, NDArray[np.float32]]]:
+    """Replace sites that keep equally many units by one that owns all of their slots.
+
+    Its unit u is the u-th least salient unit of each: keeping n of it keeps the n best of each.
+    """
+    merged: dict[str, Site] = {}
+    values: dict[str, NDArray[np.float32]] = {}
+    for site in sites:
+        if site.equal_with is None:
+            merged[site.name], values[site.name] = site, saliency[site.name]
+            continue
+        key, ascending = site.equal_with, np.sort(saliency[site.name])
+        slots = merged[key].slots if key in merged else ()
+        merged[key] = replace(site, name=key, slots=(*slots, *site.slots), equal_with=None)
+        values[key] = values[key] + ascending if key in values else ascending
+    return tuple(merged.values()), values
 
 
 def achieved_ratio(sites: Sequence[Site], kept_units: Mapping[str, int]) -> dict[str, float]:
@@ -76,6 +128,30 @@ def achieved_ratio(sites: Sequence[Site], kept_units: Mapping[str, int]) -> dict
             weights[key][0] += removed
             weights[key][1] += site.weights
     return {key: removed / total if total else 0.0 for key, (removed, total) in weights.items()}
+
+
+def module_rates(
+    weights: Mapping[str, int | float],
+    removable: Mapping[str, int | float] | None,
+    pruning_ratio: float,
+    gamma: int | float,
+) -> dict[str, float]:
+    """Return p_attn and p_mlp, before whole units are counted.
+
+    Args:
+        weights: Block weights of each module.
+        removable: Those that may leave; a rate that would pass this cap is clipped there and the other one meets the
+            total. None: no caps, as the published rule.
+        pruning_ratio: Share of all block weights that leaves.
+        gamma: MLP rate divided by attention rate.
+
+    Source: NIRVANA (arXiv 2509.14230), allocation; the caps are ours.
+    """
+    target = pruning_ratio * (weights["attention"] + weights["mlp"])
+    lost = target * weights["attention"] / (weights["attention"] + gamma * weights["mlp"])
+    if removable is not None:
+        lost = max(min(lost, removable["attention"]), target - removable["mlp"])
+    return {"attention": lost / weights["attention"], "mlp": (target - lost) / weights["mlp"]}
 
 
 @dataclass(frozen=True)
@@ -92,13 +168,6 @@ class _Request:
         if not (self.gamma > 0 and np.isfinite(self.gamma)):
             raise InputError(f"gamma: expected a finite number above 0, got {self.gamma}; choose e.g. 3.36")
         for site in self.sites:
-            values = self.saliency.get(site.name)
-            if values is None or values.shape != (site.units,) or not np.isfinite(values).all():
-                got = "nothing" if values is None else f"shape {values.shape} or values that are not finite"
-                raise InputError(
-                    f"{site.name}: expected {site.units} finite saliency values, got {got}; "
-                    "the saliency belongs to another model: collect it again"
-                )
             if site.module == "mlp" and not 1 <= self.round_to <= site.units:
                 raise InputError(
                     f"round_to: expected 1 to {site.units} (the neurons of layer {site.layer}), "
@@ -127,15 +196,10 @@ class _Request:
         return sum((site.units - min(least, site.units)) * site.weights_per_unit for site in self.of(module))
 
     def attention_rate(self) -> float:
-        """Solve for p_attn; a rate that would pass its cap is clipped and the other one meets the total."""
-        attention, mlp = self.weights("attention"), self.weights("mlp")
-        target = self.pruning_ratio * self.total
-        rate = target / (attention + self.gamma * mlp)
-        if rate * attention > self.removable("attention"):
-            return self.removable("attention") / attention
-        if self.gamma * rate * mlp > self.removable("mlp"):
-            return (target - self.removable("mlp")) / attention
-        return rate
+        """Return p_attn."""
+        weights = {"attention": self.weights("attention"), "mlp": self.weights("mlp")}
+        removable = {"attention": self.removable("attention"), "mlp": self.removable("mlp")}
+        return module_rates(weights, removable, self.pruning_ratio, self.gamma)["attention"]
 
     def rounded(self, site: Site, kept: int) -> int:
         """Round kept neurons up to a multiple of `round_to`, at least one block, at most all."""

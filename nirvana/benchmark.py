@@ -1,4 +1,4 @@
-"""Speed of a pruned model beside its dense one, measured in turns in one process, against what its size allows.
+"""Speed of a pruned model beside its dense one, measured in one process, against what its size allows.
 
 The floor of a ratio: prefill is bound by arithmetic, so its latency cannot fall below the ratio of FLOPs; decoding is
 bound by reading weights, so its latency cannot fall below the ratio of their bytes. Both are rules of thumb: caches and
@@ -8,7 +8,7 @@ kernels that like one shape better than another move a measured ratio to either 
 import platform
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,23 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from nirvana.footprint import (
+    available_bytes,
     checkpoint_bytes,
     count_parameters,
     decode_weight_bytes,
     fixed_prompt,
+    float32_bytes,
     flops_per_token,
     peak_bytes,
 )
+from nirvana.greedy import decode, prefill
 from nirvana.loading import load_model
 
 _PEAK_DECODE_TOKENS = 4
+_NOT_ALTERNATED = (
+    "not alternated: both models at once would take more than half of the free memory, so a slow spell of the machine "
+    "may have hit one of them only"
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Latency:
 def benchmark(
     dense: Path | str, pruned: Path | str, workload: Workload, device: torch.device
 ) -> dict[str, dict[str, Any] | str | None]:
-    """Measure two checkpoints and compare them.
+    """Measure two checkpoints and compare them, in turns where both fit into memory, else one after the other.
 
     Args:
         dense: Checkpoint directory of the dense model.
@@ -72,7 +79,8 @@ def benchmark(
 
     Returns:
         "dense" and "pruned": figures by name; "ratio": pruned / dense of each; "floor": the least latency ratio to
-        hope for; "warning": a line if pruning made nothing faster, else None; "machine": where it was measured.
+        hope for; "warning": a line if pruning made nothing faster or the models did not take turns, else None;
+        "machine": where it was measured.
     """
     directories = {"dense": dense, "pruned": pruned}
     peaks = {
@@ -80,27 +88,43 @@ def benchmark(
         name: peak_bytes(directory, device, workload.batch_size, workload.prompt_length, _PEAK_DECODE_TOKENS)
         for name, directory in tqdm(directories.items(), desc="peak memory", unit="model")
     }
+    together = _fit_together(directories.values(), device)
+    figures: dict[str, dict[str, float]] = {}
+    for names in [list(directories)] if together else [[name] for name in directories]:
+        figures |= _measure({name: directories[name] for name in names}, workload, device)
+    for name, peak in peaks.items():
+        figures[name]["peak_bytes"] = peak
+    compared = compare(figures["dense"], figures["pruned"])
+    if not together:
+        compared["warning"] = "; ".join(filter(None, [_NOT_ALTERNATED, compared["warning"]]))
+    return {**figures, **compared, "machine": _machine(device)}
+
+
+def _measure(
+    directories: Mapping[str, Path | str], workload: Workload, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Return the sizes and speeds of models that take turns; they are freed on return."""
     models = {name: load_model(directory, device) for name, directory in directories.items()}
     latencies = measure_latencies(models, workload)
-    figures = {
+    return {
         name: {
             "parameters": count_parameters(model),
             "checkpoint_bytes": checkpoint_bytes(directories[name]),
             "flops_per_token": flops_per_token(model.config, workload.batch_size, workload.prompt_length),
             "weight_bytes_per_token": decode_weight_bytes(model),
-            "peak_bytes": peaks[name],
         }
         | speeds(latencies[name], workload)
         for name, model in models.items()
     }
-    return {**figures, **compare(figures["dense"], figures["pruned"]), "machine": _machine(device)}
+
+
+def _fit_together(directories: Iterable[Path | str], device: torch.device) -> bool:
+    """Tell whether all models fit into half of the memory at hand: the other half is for what computing takes."""
+    return sum(map(float32_bytes, directories)) <= available_bytes(device) / 2
 
 
 def measure_latencies(models: Mapping[str, PreTrainedModel], workload: Workload) -> dict[str, Latency]:
     """Time prefill and decoding of several models in turns, so that a slow spell of the machine hits all of them.
-
-    Decoding is a plain greedy loop over the KV cache: `generate` adds the same Python work to every model and token,
-    which would hide part of the difference.
 
     Args:
         models: Models by name, on one device.
@@ -161,11 +185,10 @@ def _time_once(model: PreTrainedModel, workload: Workload) -> tuple[float, float
         model.config.vocab_size, workload.batch_size, workload.prompt_length
     ).to(model.device)
     start = _now(model.device)
-    output = model(ids, use_cache=True, logits_to_keep=1)
+    reply = prefill(model, ids)
     filled = _now(model.device)
     for _ in range(workload.decode_tokens):
-        ids = output.logits[:, -1:].argmax(-1)
-        output = model(ids, past_key_values=output.past_key_values, use_cache=True)
+        reply = decode(model, reply)
     return filled - start, _now(model.device) - filled
 
 

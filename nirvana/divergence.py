@@ -8,7 +8,7 @@ Source: NIRVANA (arXiv 2509.14230), calibration selection: the mean over positio
 Σ_v P_dense (log P_dense − log P_pruned).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -16,9 +16,10 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nirvana.architectures.architecture import Streams
 from nirvana.errors import InputError
 from nirvana.slicing import Slicer
-from nirvana.walk import Hidden, Part, Stack, TokenIds, microbatches, walk_forward
+from nirvana.walk import Hidden, Ids, Stack, as_streams, microbatches, part_of, walk_forward
 
 VOCAB_CHUNK = 4096
 """Head rows at a time."""
@@ -29,37 +30,43 @@ POSITION_CHUNK = 128
 
 
 @torch.no_grad()
-def dense_hidden_states(stack: Stack, ids: TokenIds) -> Hidden:
+def dense_hidden_states(stack: Stack, ids: Ids, on_layer: Callable[[int], None] = lambda layer: None) -> Hidden:
     """Return what the dense model's head reads at every position of the held-out sequences.
 
     Raises:
         InputError: If a token id is out of range.
     """
     stack.check_ids(ids)
-    hidden = _embedded(stack, ids)
-    for layer in range(stack.num_layers):
-        hidden = walk_forward(stack, hidden, layer)
-    return torch.cat([stack.final_norm(part) for part in hidden])
+    parts = _embedded(stack, ids)
+    for layer, weights in stack.layers(range(stack.num_layers)):
+        parts = walk_forward(stack, parts, layer, weights)
+        on_layer(layer)
+    return torch.cat([stack.head_input(part) for part in parts])
 
 
-def _embedded(stack: Stack, ids: TokenIds) -> list[Part]:
+def _embedded(stack: Stack, ids: Ids) -> list[Streams]:
     """Return what enters layer 0, in microbatches of about `TOKENS` tokens: activations stay small at any length."""
-    return [stack.embed(ids[part]) for part in microbatches(ids.shape[0], max(1, TOKENS // ids.shape[1]))]
+    sequences, length = as_streams(ids)[0].shape
+    return [stack.embed(part_of(ids, rows)) for rows in microbatches(sequences, max(1, TOKENS // length))]
 
 
 @torch.no_grad()
-def pruned_hidden_states(stack: Stack, keep: Mapping[str, NDArray[np.int64]], ids: TokenIds) -> Hidden:
+def pruned_hidden_states(stack: Stack, keep: Mapping[str, NDArray[np.int64]], ids: Ids) -> Hidden:
     """Return what the pruned model's head would read, each layer sliced for its own call only."""
     slicer = Slicer(stack.architecture.sites(), keep)
-    hidden = _embedded(stack, ids)
-    for layer in range(stack.num_layers):
-        sliced = {name: slicer.apply(name, weight) for name, weight in stack.layer_weights(layer).items()}
-        hidden = [stack.run_layer(layer, part, stack.layer_arguments(part)[layer], sliced) for part in hidden]
-    return torch.cat([stack.final_norm(part) for part in hidden])
+    kept_units = {name: len(indices) for name, indices in keep.items()}
+    parts = _embedded(stack, ids)
+    for layer, weights in stack.layers(range(stack.num_layers)):
+        # taken out one by one: the dense layer goes as the sliced one comes
+        sliced = {name: slicer.apply(name, weights.pop(name)) for name in list(weights)}
+        fused = stack.architecture.fuse(layer, sliced)
+        parts = [stack.run_layer(layer, part, fused, kept_units) for part in parts]
+        del sliced, fused
+    return torch.cat([stack.head_input(part) for part in parts])
 
 
 def kl_divergence(
-    stack: Stack, keep: Mapping[str, NDArray[np.int64]], ids: TokenIds, dense: Float[Tensor, "_ _ hidden"]
+    stack: Stack, keep: Mapping[str, NDArray[np.int64]], ids: Ids, dense: Float[Tensor, "_ _ hidden"]
 ) -> float:
     """Return KL(dense‖pruned) on held-out sequences.
 
@@ -77,13 +84,16 @@ def kl_divergence(
     Source: NIRVANA (arXiv 2509.14230), calibration selection.
     """
     stack.check_ids(ids)
-    if dense.shape[:2] != ids.shape:
+    positions = as_streams(ids)[-1].shape
+    if dense.shape[:2] != positions:
         raise InputError(
-            f"expected the dense hidden states of {tuple(ids.shape)} tokens, got those of {tuple(dense.shape[:2])}; "
+            f"expected the dense hidden states of {tuple(positions)} tokens, got those of {tuple(dense.shape[:2])}; "
             "compute them on the same sequences"
         )
     pruned = pruned_hidden_states(stack, keep, ids)
-    return head_divergence(dense.flatten(0, 1), pruned.flatten(0, 1), stack.head_weight())
+    return head_divergence(
+        dense.flatten(0, 1), pruned.flatten(0, 1), stack.head_weight(), stack.architecture.logit_softcap
+    )
 
 
 @torch.no_grad()
@@ -91,6 +101,7 @@ def head_divergence(
     dense: Float[Tensor, "positions hidden"],
     pruned: Float[Tensor, "positions hidden"],
     head: Float[Tensor, "vocab hidden"],
+    softcap: float | None = None,
 ) -> float:
     """Return the mean KL between the distributions that one head gives for two sets of hidden states.
 
@@ -100,7 +111,7 @@ def head_divergence(
         Nats a position. Row sums are kept in float64.
     """
     blocks = [slice(start, start + POSITION_CHUNK) for start in range(0, dense.shape[0], POSITION_CHUNK)]
-    states = [_RunningKL(dense[block], pruned[block]) for block in blocks]
+    states = [_RunningKL(dense[block], pruned[block], softcap) for block in blocks]
     for start in range(0, head.shape[0], VOCAB_CHUNK):
         rows = head[start : start + VOCAB_CHUNK].to(device=dense.device, dtype=torch.float32)
         for state in states:
@@ -111,8 +122,8 @@ def head_divergence(
 class _RunningKL:
     """KL of a block of positions over the vocabulary chunks seen so far."""
 
-    def __init__(self, dense: Tensor, pruned: Tensor):
-        self._dense, self._pruned = dense, pruned
+    def __init__(self, dense: Tensor, pruned: Tensor, softcap: float | None):
+        self._dense, self._pruned, self._softcap = dense, pruned, softcap
         # The pruned distribution needs only its normaliser, the dense one also Σ exp(z − peak)·(z − y).
         zeros = torch.zeros(dense.shape[0], dtype=torch.float64, device=dense.device)
         lowest = torch.full_like(zeros, -torch.inf)
@@ -121,6 +132,8 @@ class _RunningKL:
 
     def add(self, rows: Tensor) -> None:
         z, y = self._dense @ rows.T, self._pruned @ rows.T
+        if self._softcap is not None:
+            z, y = (self._softcap * torch.tanh(logits / self._softcap) for logits in (z, y))
         peak = torch.maximum(self._dense_peak, z.amax(dim=1).double())
         weight = torch.exp(z - peak.float()[:, None])
         # what was summed relative to the old peak, rescaled to the new one

@@ -18,6 +18,8 @@ from typing import Any
 
 from nirvana.errors import InputError
 
+_JSON_LIMIT = 64 << 20  # bytes; the plan of a 70B model has 7 MB: what is larger is weights given by mistake
+
 
 def _temporary_sibling(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,16 +102,20 @@ def read_json(path: Path | str) -> Any:
     """Read a JSON file.
 
     Raises:
-        InputError: If the file is missing or is not JSON.
+        InputError: If the file is missing, larger than 64 MiB or not JSON.
     """
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_JSON_LIMIT + 1)
+        if len(content) > _JSON_LIMIT:
+            raise ValueError(f"more than {_JSON_LIMIT >> 20} MiB")
+        return json.loads(content.decode("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: expected a JSON file, found nothing; run the step that writes it") from None
     except OSError as error:
         raise InputError(f"{path}: expected a readable JSON file, got {error.strerror}; check the path") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a number of over 4300 digits
         raise InputError(f"{path}: expected JSON, got something else ({error}); delete it and run again") from None
 
 

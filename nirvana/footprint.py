@@ -2,18 +2,22 @@
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from nirvana import anonymous_memory
 from nirvana.errors import InputError
-from nirvana.loading import load_model
-from nirvana.weights import weight_files
+from nirvana.greedy import decode, prefill
+from nirvana.loading import auto_class, load_model
+from nirvana.weights import WeightFiles, weight_files
 
 _STATUS = Path("/proc/self/status")
 
@@ -28,17 +32,39 @@ def checkpoint_bytes(directory: Path | str) -> int:
     return sum(file.stat().st_size for file in weight_files(directory))
 
 
-def decode_weight_bytes(model: PreTrainedModel) -> int:
-    """Return the bytes of weights that decoding one token reads: every parameter once, as loaded.
+def float32_bytes(directory: Path | str) -> int:
+    """Return the bytes that a checkpoint's weights take once loaded in float32."""
+    weights = WeightFiles(directory)
+    return sum(4 * math.prod(weights.shape(name)) for name in weights)
 
-    The input embedding does not count, as one row of it is read; it does, once, where the output head is tied to it.
-    The KV cache and activations do not count.
+
+def available_bytes(device: torch.device) -> int:
+    """Return how much memory new tensors can take on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else anonymous_memory.available_bytes()
+
+
+@torch.inference_mode()
+def decode_weight_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of weights that decoding one token reads, as loaded: those of every module that runs for it.
+
+    For a decoder-only model that is every parameter once. In an encoder-decoder the encoder does not run, nor do the
+    projections that made keys and values of its output: both are done with when the first token is there. Tables of
+    which one row is looked up do not count, the input embedding first of all; it does, once, where the output head is
+    tied to it. The KV cache and activations do not count.
     """
-    head = model.get_output_embeddings()
-    read = {id(parameter): parameter.nbytes for parameter in model.parameters()}
-    for parameter in model.get_input_embeddings().parameters():
-        if head is None or all(parameter is not other for other in head.parameters()):
-            read.pop(id(parameter))
+    read: dict[int, int] = {}
+
+    def note(module: nn.Module, *_: object) -> None:
+        if not isinstance(module, nn.Embedding):
+            read.update({id(parameter): parameter.nbytes for parameter in module.parameters(recurse=False)})
+
+    reply = prefill(model, fixed_prompt(model.config.vocab_size, 1, 1).to(model.device))
+    hooks = [module.register_forward_pre_hook(note) for module in model.modules()]
+    try:
+        decode(model, reply)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return sum(read.values())
 
 
@@ -46,10 +72,11 @@ def flops_per_token(config: PreTrainedConfig, batch_size: int, prompt_length: in
     """Return the floating-point operations of a prefill, divided by its tokens.
 
     Counted are matrix products, two operations a multiply-add: projections, the two products of attention over the
-    whole square of positions, and the head at the last position, which is all that generation needs. Not counted are
-    softmax, norms, rotary embedding and activations. The model is built from its configuration without memory (meta
-    device) and with eager attention: torch's counter does not see the CPU kernel of sdpa, and counts would differ
-    between devices.
+    whole square of positions, and the head at the last position, which is all that generation needs. In an
+    encoder-decoder that is the encoder over the prompt, keys and values of its output for every decoder layer, and the
+    rest of the decoder and the head at one position. Not counted are softmax, norms, position embeddings and
+    activations. The model is built from its configuration without memory (meta device) and with eager attention:
+    torch's counter does not see the CPU kernel of sdpa, and counts would differ between devices.
 
     Args:
         config: The model's configuration, per-layer sizes included.
@@ -57,10 +84,10 @@ def flops_per_token(config: PreTrainedConfig, batch_size: int, prompt_length: in
         prompt_length: Tokens a prompt.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        model = auto_class(config).from_config(config, attn_implementation="eager").eval()
         ids = torch.zeros(batch_size, prompt_length, dtype=torch.int64)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(ids, use_cache=True, logits_to_keep=1)
+        prefill(model, ids)
     return counter.get_total_flops() / ids.numel()
 
 
@@ -122,10 +149,9 @@ def _measure_here(arguments: argparse.Namespace) -> int:
     model = load_model(arguments.directory, device)
     ids = fixed_prompt(model.config.vocab_size, arguments.batch_size, arguments.prompt_length).to(device)
     with torch.inference_mode():
-        output = model(ids, use_cache=True, logits_to_keep=1)
+        reply = prefill(model, ids)
         for _ in range(arguments.decode_tokens):
-            ids = output.logits[:, -1:].argmax(-1)
-            output = model(ids, past_key_values=output.past_key_values, use_cache=True)
+            reply = decode(model, reply)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _resident_bytes("VmHWM") - before

@@ -1,16 +1,39 @@
 """Load a dense or pruned checkpoint directory for inference."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
 from nirvana.errors import InputError
 
 
+def load_config(directory: Path | str) -> PreTrainedConfig:
+    """Read the configuration of a checkpoint.
+
+    Args:
+        directory: Hugging Face checkpoint directory.
+
+    Raises:
+        InputError: If there is no such checkpoint, or its configuration cannot be read.
+    """
+    if not (Path(directory) / "config.json").is_file():
+        raise InputError(f"{directory}: expected a checkpoint directory with config.json, found none; check the path")
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever transformers makes of odd values: no common class
+        raise _broken(directory, error) from error
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Return the class that makes a language model of a configuration: one stack, or encoder and decoder."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
 def load_model(directory: Path | str, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """Load a causal language model in float32 and evaluation mode.
+    """Load a language model, decoder-only or encoder-decoder, in float32 and evaluation mode.
 
     Only classes that transformers or NIRVANA itself brings are used, never code from the directory; importing
     anything of `nirvana` has registered the pruned ones.
@@ -22,16 +45,19 @@ def load_model(directory: Path | str, device: torch.device | str = "cpu") -> Pre
     Raises:
         InputError: If there is no such checkpoint, or it cannot be read.
     """
-    if not (Path(directory) / "config.json").is_file():
-        raise InputError(f"{directory}: expected a checkpoint directory with config.json, found none; check the path")
+    config = load_config(directory)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-        ).eval()
+        model = (
+            auto_class(config)
+            .from_pretrained(directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False)
+            .eval()
+        )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        cause = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{directory}: expected a whole checkpoint, got one that cannot be loaded ({cause})"
-        ) from error
+        raise _broken(directory, error) from error
     torch.nn.Module.to(model, device)  # transformers' own `to` only adds checks for quantised models
     return model
+
+
+def _broken(directory: Path | str, error: Exception) -> InputError:
+    cause = " ".join(str(error).split())[:200]
+    return InputError(f"{directory}: expected a whole checkpoint, got one that cannot be loaded ({cause})")

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nirvana.architectures.architecture import Streams
 from nirvana.walk import Hidden, Stack
 
 VOCAB_CHUNK = 2048
@@ -18,31 +19,35 @@ VOCAB_CHUNK = 2048
 
 
 def objective_and_gradient(
-    stack: Stack, hidden: Hidden, num_sequences: int, vocab_chunk: int = VOCAB_CHUNK
+    stack: Stack, streams: Streams, num_sequences: int, vocab_chunk: int = VOCAB_CHUNK
 ) -> tuple[float, Hidden]:
-    """Return the objective's share of a microbatch and its gradient at the hidden states before the final norm.
+    """Return the objective's share of a microbatch and its gradient at the last stream, before the final norm.
 
     Args:
-        hidden: Output of the last layer for the microbatch's sequences.
+        streams: What leaves the last layer for the microbatch's sequences.
         num_sequences: B, the sequences of the whole calibration set.
         vocab_chunk: Rows of the head at a time; changes memory, not the result beyond rounding.
 
     Returns:
-        The summand of f that belongs to these sequences, and ∂f/∂hidden.
+        The summand of f that belongs to these sequences, and ∂f/∂(last stream).
 
     Source: NIRVANA (arXiv 2509.14230), objective.
     """
-    leaf = hidden.detach().requires_grad_()
+    leaf = streams[-1].detach().requires_grad_()
     with torch.enable_grad():
-        normalised = stack.final_norm(leaf)
-    value, gradient = head_maxima(normalised.detach(), stack.head_weight(), vocab_chunk)
+        normalised = stack.head_input((*streams[:-1], leaf))
+    softcap = stack.architecture.logit_softcap
+    value, gradient = head_maxima(normalised.detach(), stack.head_weight(), vocab_chunk, softcap)
     scale = 1.0 / (num_sequences * stack.architecture.vocab_size)
     (at_hidden,) = torch.autograd.grad(normalised, leaf, gradient * scale)
     return value * scale, at_hidden
 
 
 def head_maxima(
-    normalised: Hidden, head: Float[Tensor, "vocab hidden"], vocab_chunk: int = VOCAB_CHUNK
+    normalised: Hidden,
+    head: Float[Tensor, "vocab hidden"],
+    vocab_chunk: int = VOCAB_CHUNK,
+    softcap: float | None = None,
 ) -> tuple[float, Float[Tensor, "batch tokens hidden"]]:
     """Return Σ_b Σ_v max_t z[b,t,v] and its gradient at the hidden states that the head reads."""
     total = torch.zeros((), dtype=torch.float64, device=normalised.device)
@@ -52,6 +57,10 @@ def head_maxima(
         for index in range(normalised.shape[0]):
             logits = normalised[index] @ rows.T
             largest = logits.max(dim=0)
-            total += largest.values.sum(dtype=torch.float64)
-            gradient[index].index_add_(0, largest.indices, rows)
+            values, slopes = largest.values, rows
+            if softcap is not None:  # tanh keeps the order: only the value and its slope change
+                values = softcap * torch.tanh(values / softcap)
+                slopes = rows * (1 - (values / softcap) ** 2)[:, None]
+            total += values.sum(dtype=torch.float64)
+            gradient[index].index_add_(0, largest.indices, slopes)
     return float(total), gradient

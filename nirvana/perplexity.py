@@ -4,22 +4,17 @@ Not lm-eval's `word_perplexity`, which divides by the words of the untokenised t
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.nn.functional import cross_entropy
-from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from nirvana.divergence import dense_hidden_states
 from nirvana.errors import InputError
-
-# Tokens of one forward. It goes through the model's own `forward`, so that every family's head counts (soft-capped or
-# scaled logits included), and holds the logits of one microbatch: 512 tokens x 128k vocabulary x 4 bytes = 0.25 GiB.
-_MICROBATCH_TOKENS = 512
-# Positions whose logits are turned into log-probabilities at a time: the second copy stays small.
-_CHUNK = 64
+from nirvana.likelihood import token_losses
+from nirvana.walk import Ids, Stack
 
 
 def windows_from_documents(
@@ -71,32 +66,33 @@ def windows_from_documents(
     return chosen.contiguous()
 
 
-@torch.inference_mode()
-def token_perplexity(model: PreTrainedModel, windows: Int[Tensor, "windows window"], first_target: int = 1) -> float:
-    """Return exp(mean negative log-likelihood) of the windows' tokens from `first_target` on.
+def token_perplexity(
+    stack: Stack,
+    ids: Ids,
+    targets: Int[Tensor, "batch predictions"],
+    on_layer: Callable[[int], None] = lambda layer: None,
+) -> float:
+    """Return exp(mean negative log-likelihood) of the targets.
 
-    With BOS in front, `first_target=1` predicts every token of the text; without, every token but the first.
+    The model is walked layer by layer: it is never in memory as a whole, nor are its logits.
 
     Args:
-        model: A causal language model in evaluation mode; its logits are read in float32.
-        windows: Token ids; every window is scored by itself, without the ones before it.
-        first_target: Position of the first token that is predicted, 1 or more.
+        stack: Dense or pruned model, resident or streamed: the same number, bit for bit.
+        ids: What the model reads; every window is scored by itself, without the ones before it.
+        targets: Tokens to predict. Of a decoder-only model the last ones of `ids`, predicted at the position before
+            each: `ids[:, 1:]` are all that can be. An encoder-decoder predicts one at every position of the decoder.
+        on_layer: Called after each layer, for progress.
 
     Raises:
-        InputError: If the loss is NaN or infinite.
+        InputError: If a token id is out of range, or the loss is NaN or infinite.
     """
-    count, length = windows.shape
-    predictions = count * (length - first_target)
-    total = torch.zeros((), dtype=torch.float64)
-    microbatch = max(1, _MICROBATCH_TOKENS // length)
-    with tqdm(total=count, desc="token perplexity", unit="window") as progress:
-        for batch in windows.to(model.device).split(microbatch):
-            logits = model(batch, use_cache=False).logits[:, first_target - 1 : -1].flatten(0, 1)
-            targets = batch[:, first_target:].flatten()
-            for part, target in zip(logits.split(_CHUNK), targets.split(_CHUNK), strict=True):
-                total += cross_entropy(part.float(), target, reduction="sum").double().cpu()
-            progress.update(len(batch))
-    mean = total.item() / predictions
+    hidden = dense_hidden_states(stack, ids, on_layer)
+    if not stack.architecture.is_encoder_decoder:
+        hidden = hidden[:, -targets.shape[1] - 1 : -1]
+    losses = token_losses(
+        hidden.flatten(0, 1), targets.to(hidden.device).flatten(), stack.head_weight(), stack.architecture.logit_softcap
+    )
+    mean = float(losses.mean())
     if not mean < 700:  # NaN, or beyond what exp can hold
         raise InputError(f"expected finite logits, got a mean loss of {mean}; the checkpoint is damaged, make it anew")
     return math.exp(mean)

@@ -1,7 +1,8 @@
 """The pruning plan: which units of which model stay, as small JSON that a person can read, diff and replay."""
 
-import re
-from collections.abc import Mapping, Sequence
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,42 +13,20 @@ from numpy.typing import NDArray
 from nirvana.allocation import Keep, achieved_ratio
 from nirvana.architectures.site import Site
 from nirvana.errors import InputError
+from nirvana.fields import Fields, shortened
 from nirvana.files import read_json, write_json
+from nirvana.ranges import from_ranges, to_ranges
 
 SCHEMA_VERSION = 1
-_MOST_UNITS = 10_000_000  # of one site: what a file claims is not believed beyond any real layer
-_RANGES = re.compile(r"\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*\Z", re.ASCII)
+PLAN_NAME = "nirvana_plan.json"
+"""Name of the plan inside the checkpoint that it made."""
+MODULES = ("attention", "mlp")
 
-
-def to_ranges(indices: Sequence[int] | NDArray[np.int64]) -> str:
-    """Write sorted indices as ranges: `[0, 1, 2, 5]` becomes `"0-2,5"`."""
-    values = np.asarray(indices, dtype=np.int64)
-    runs = np.split(values, np.flatnonzero(np.diff(values) != 1) + 1)
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs if len(run))
-
-
-def from_ranges(text: str, units: int) -> NDArray[np.int64]:
-    """Read ranges back.
-
-    Args:
-        text: Ascending ranges such as `0-2,5`.
-        units: Indices must be below this.
-
-    Raises:
-        InputError: If the text is no list of ranges, is empty, not strictly ascending or out of bounds.
-    """
-    if not isinstance(text, str) or not _RANGES.match(text):
-        raise InputError(f"keep: expected ranges such as '0-2,5', got {str(text)[:60]!r}; make the plan again")
-    bounds = [(int(first), int(last or first)) for first, _, last in (p.partition("-") for p in text.split(","))]
-    previous = -1
-    for first, last in bounds:
-        if not previous < first <= last < units:
-            raise InputError(
-                f"keep: expected ascending indices below {units}, got {first}-{last} after {previous}; "
-                "the plan belongs to another model or was edited"
-            )
-        previous = last
-    return np.concatenate([np.arange(first, last + 1, dtype=np.int64) for first, last in bounds])
+# What a file claims is not believed beyond any real model: indices are 8 bytes each once they are read.
+_MOST_UNITS = 1_000_000  # of one site
+_MOST_UNITS_IN_ALL = 50_000_000
+_MOST_WEIGHTS = 1 << 40  # of one unit
+_RATIO_SLACK = 1e-9  # ratios are exact but for the last digit; one neuron of the largest models is a share of 1e-7
 
 
 @dataclass(frozen=True)
@@ -138,38 +117,57 @@ class Plan:
 
     @classmethod
     def read(cls, path: Path | str) -> "Plan":
-        """Read a plan.
+        """Read a plan, or the plan of a pruned checkpoint.
+
+        The stated achieved ratio is held against the sites here, not in a separate check: no command and no caller
+        then acts on a plan that was edited in one place only, or hands its wrong number on to a checkpoint.
+
+        Args:
+            path: The plan's file, or the directory of a pruned checkpoint.
 
         Raises:
-            InputError: If the file is not a plan of this schema version, or its indices are out of range.
+            InputError: If the file is not a plan of this schema version, a value is missing, mistyped or out of range,
+                or the achieved ratio is not what the kept units come to.
         """
+        path = Path(path)
+        if path.is_dir():
+            path /= PLAN_NAME
+            if not path.exists():
+                raise InputError(
+                    f"{path.parent}: expected a plan or a pruned checkpoint with {PLAN_NAME}, got a directory without "
+                    "one; check the path"
+                )
         value = read_json(path)
         version = value.get("schema_version") if isinstance(value, dict) else None
-        if version != SCHEMA_VERSION:
+        if type(version) is not int or version != SCHEMA_VERSION:
             raise InputError(
-                f"{path}: expected a plan of schema version {SCHEMA_VERSION}, got {str(version)[:40]!r}; "
+                f"{path}: expected a plan of schema version {SCHEMA_VERSION}, got {shortened(version)}; "
                 "make the plan again with this release"
             )
         try:
-            plan = cls(
-                model_digest=str(value["model"]["digest"]),
-                model_type=str(value["model"]["model_type"]),
-                num_layers=int(value["model"]["num_layers"]),
-                calibration_digest=str(value["calibration"]["digest"]),
-                requested_ratio=float(value["requested_ratio"]),
-                achieved_ratio={key: float(ratio) for key, ratio in value["achieved_ratio"].items()},
-                sites=tuple(_read_site(site) for site in value["sites"]),
-                parameters=dict(value["parameters"]),
-            )
-            if not np.isfinite([plan.requested_ratio, *plan.achieved_ratio.values()]).all():
-                raise ValueError("a ratio is not finite")
-            return plan
+            plan = _read_plan(Fields(value, "", "make the plan again"))
+            plan._check_counts()
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        return plan
+
+    def _check_counts(self) -> None:
+        ((name, times),) = Counter(site.name for site in self.sites).most_common(1)
+        if times > 1:
+            raise InputError(f"sites: expected each site once, got {name} {times} times; make the plan again")
+        layers = {site.layer for site in self.sites}
+        if self.num_layers != len(layers):
             raise InputError(
-                f"{path}: expected a whole plan, got one with a missing or mistyped part ({error!r:.80}); make it again"
-            ) from error
+                f"model.num_layers: expected {len(layers)}, the layers that the sites name, got {self.num_layers}; "
+                "make the plan again"
+            )
+        counted = counted_ratio(self.sites)
+        if any(abs(self.achieved_ratio[key] - share) > _RATIO_SLACK for key, share in counted.items()):
+            raise InputError(
+                f"achieved_ratio: expected {json.dumps(counted)}, which the kept units come to, got "
+                f"{json.dumps(dict(self.achieved_ratio))}; write that if the plan was edited on purpose, else make it "
+                "again"
+            )
 
     def check_fits(self, sites: Sequence[Site], model_digest: str | None) -> None:
         """Refuse a model that the plan was not made for.
@@ -200,15 +198,48 @@ def _said(size: tuple[int, int] | None) -> str:
     return "nothing" if size is None else f"{size[0]} units of {size[1]} weights"
 
 
-def _read_site(value: Mapping[str, Any]) -> PlannedSite:
-    units = int(value["units"])
-    if not 1 <= units <= _MOST_UNITS:
-        raise InputError(f"units: expected 1 to {_MOST_UNITS}, got {units}; make the plan again")
-    return PlannedSite(
-        name=str(value["name"]),
-        module=str(value["module"]),
-        layer=int(value["layer"]),
-        units=units,
-        weights_per_unit=int(value["weights_per_unit"]),
-        keep_indices=from_ranges(value["keep"], units),
+def _read_plan(top: Fields) -> Plan:
+    model, achieved = top.inner("model"), top.inner("achieved_ratio")
+    return Plan(
+        model_digest=model.text("digest"),
+        model_type=model.text("model_type"),
+        num_layers=model.whole("num_layers", 1, _MOST_UNITS),
+        calibration_digest=top.inner("calibration").text("digest"),
+        requested_ratio=top.share("requested_ratio"),
+        achieved_ratio={key: achieved.share(key) for key in ("total", *MODULES)},
+        sites=_read_sites(top.list_of("sites")),
+        parameters=top.free("parameters"),
     )
+
+
+def _read_sites(values: Sequence[Fields]) -> tuple[PlannedSite, ...]:
+    units_left = _MOST_UNITS_IN_ALL
+    for value in values:  # all of them before the first index is made
+        units_left -= value.whole("units", 1, min(_MOST_UNITS, units_left))
+    return tuple(_read_site(value) for value in values)
+
+
+def _read_site(value: Fields) -> PlannedSite:
+    units = value.whole("units", 1, _MOST_UNITS)
+    try:
+        keep_indices = from_ranges(value.raw("keep"), units)
+    except InputError as error:
+        raise InputError(f"{value.where}.{error}") from None
+    return PlannedSite(
+        name=value.text("name"),
+        module=value.choice("module", MODULES),
+        layer=value.whole("layer", 0, _MOST_UNITS),
+        units=units,
+        weights_per_unit=value.whole("weights_per_unit", 1, _MOST_WEIGHTS),
+        keep_indices=keep_indices,
+    )
+
+
+def counted_ratio(sites: Iterable[PlannedSite]) -> dict[str, float]:
+    """Return the share of block weights that leaves, counted from what a plan says: total, attention and mlp."""
+    removed, whole = dict.fromkeys(("total", *MODULES), 0), dict.fromkeys(("total", *MODULES), 0)
+    for site in sites:
+        for key in ("total", site.module):
+            removed[key] += (site.units - len(site.keep_indices)) * site.weights_per_unit
+            whole[key] += site.units * site.weights_per_unit
+    return {key: removed[key] / whole[key] if whole[key] else 0.0 for key in whole}

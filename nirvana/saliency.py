@@ -8,16 +8,20 @@ Source: NIRVANA (arXiv 2509.14230), unit saliency.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nirvana.architectures.architecture import Streams
 from nirvana.architectures.site import Site, Slot
 from nirvana.errors import InputError
 from nirvana.objective import objective_and_gradient
-from nirvana.walk import Part, Stack, TokenIds, microbatches, walk_forward
+from nirvana.walk import Ids, Stack, as_streams, microbatches, part_of, walk_forward
+
+Memory = Literal["lean", "fast"]
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,10 @@ def channel_key(slot: Slot) -> str:
 
 def channel_saliency(
     stack: Stack,
-    ids: TokenIds,
+    ids: Ids,
     microbatch: int = 2,
     on_layer: Callable[[int], None] = lambda layer: None,
+    memory: Memory = "lean",
 ) -> ChannelSaliency:
     """Return the channel saliency of a calibration set.
 
@@ -47,6 +52,8 @@ def channel_saliency(
         ids: Calibration sequences, all of one length.
         microbatch: Sequences a forward; changes memory, not the result beyond rounding.
         on_layer: Called after each layer of each of the two walks, for progress.
+        memory: `lean` keeps each layer's input and computes the layer a second time; `fast` keeps what autograd
+            saved. The same operations in the same order: the results are equal bit for bit.
 
     Raises:
         InputError: If a token id is out of range, or a gradient is not finite (the message names the parameter).
@@ -56,16 +63,26 @@ def channel_saliency(
     stack.check_ids(ids)
     if microbatch < 1:
         raise InputError(f"microbatch: expected at least 1 sequence, got {microbatch}; choose e.g. 2")
-    inputs = _layer_inputs(stack, ids, microbatch, on_layer)
-    objective, upstream = 0.0, []
-    for hidden in inputs.pop():
-        value, gradient = objective_and_gradient(stack, hidden, ids.shape[0])
-        objective += value
-        upstream.append(gradient)
-    sums: dict[str, Tensor] = {}
+    if memory == "fast" and stack.execution == "streamed":
+        raise InputError("memory fast keeps all layers' weights: expected execution resident, got streamed; use lean")
     slots = weight_slots_by_layer(stack.architecture.sites())
-    for layer in reversed(range(stack.num_layers)):
-        sums |= _layer_saliency(stack, layer, slots[layer], inputs.pop(), upstream)
+    runs: list[_LayerRun] = []
+    sequences = as_streams(ids)[0].shape[0]
+    parts = [stack.embed(part_of(ids, rows)) for rows in microbatches(sequences, microbatch)]
+    for layer, weights in stack.layers(range(stack.num_layers)):
+        runs.append(_LayerRun(stack, layer, slots[layer], parts))
+        with torch.no_grad():
+            parts = runs[-1].keep(weights) if memory == "fast" else walk_forward(stack, parts, layer, weights)
+        on_layer(layer)
+    objective, upstream = 0.0, []
+    for index, streams in enumerate(parts):
+        value, gradient = objective_and_gradient(stack, streams, sequences)
+        objective += value
+        upstream.append((None,) * (len(streams) - 1) + (gradient,))
+        parts[index] = ()  # the head was the last to read them
+    sums: dict[str, Tensor] = {}
+    for layer, weights in stack.layers(reversed(range(stack.num_layers))):
+        sums |= runs.pop().backward(weights, upstream)
         on_layer(layer)
     return ChannelSaliency(objective, sums)
 
@@ -78,37 +95,75 @@ def weight_slots_by_layer(sites: Iterable[Site]) -> dict[int, list[Slot]]:
     return result
 
 
-@torch.no_grad()
-def _layer_inputs(stack: Stack, ids: TokenIds, microbatch: int, on_layer: Callable[[int], None]) -> list[list[Part]]:
-    """Return what enters each layer and, last, what leaves the stack: `[layers + 1][microbatches]`."""
-    inputs = [[stack.embed(ids[part]) for part in microbatches(ids.shape[0], microbatch)]]
-    for layer in range(stack.num_layers):
-        inputs.append(walk_forward(stack, inputs[-1], layer))
-        on_layer(layer)
-    return inputs
+Gradients = tuple[Tensor | None, ...]
+"""∂f/∂stream of one microbatch; None where nothing downstream reads the stream."""
 
 
-def _layer_saliency(
-    stack: Stack, layer: int, slots: list[Slot], inputs: list[Part], upstream: list[Part]
-) -> dict[str, Tensor]:
-    """Backpropagate all microbatches through one layer; `upstream` is replaced by the gradient at its inputs."""
-    weights = stack.layer_weights(layer)
-    scored = {slot.parameter for slot in slots}
-    leaves = {name: weight.detach().requires_grad_(name in scored) for name, weight in weights.items()}
-    for index, part in enumerate(inputs):
-        hidden = part.detach().requires_grad_()
+@dataclass
+class _LayerRun:
+    """One layer's pass over all microbatches: forward, then backward."""
+
+    stack: Stack
+    layer: int
+    slots: list[Slot]
+    inputs: list[Streams]
+    _leaves: dict[str, Tensor] = field(default_factory=dict)
+    _fused: dict[str, Tensor] = field(default_factory=dict)
+    _kept: list[tuple[Streams, Streams]] = field(default_factory=list)
+
+    def keep(self, weights: Mapping[str, Tensor]) -> list[Streams]:
+        """Run forward and keep what autograd saves; return the outputs."""
+        self._prepare(weights)
+        self._kept = [self._forward(streams) for streams in self.inputs]
+        return [tuple(stream.detach() for stream in outputs) for _, outputs in self._kept]
+
+    def backward(self, weights: Mapping[str, Tensor], upstream: list[Gradients]) -> dict[str, Tensor]:
+        """Backpropagate all microbatches; `upstream` is replaced by the gradients at the layer's inputs.
+
+        Returns:
+            The layer's channel sums.
+        """
+        if not self._kept:
+            self._prepare(weights)
+        for index, gradients in enumerate(upstream):
+            leaves, outputs = self._kept[index] if self._kept else self._forward(self.inputs[index])
+            reached = [(output, g) for output, g in zip(outputs, gradients, strict=True) if g is not None]
+            # accumulates into the .grad of the weights in place: the sum over the whole calibration set
+            torch.autograd.backward([output for output, _ in reached], [g for _, g in reached])
+            upstream[index] = tuple(leaf.grad for leaf in leaves)
+            self.inputs[index] = ()  # frees the activation: the walk never returns to it
+            if self._kept:
+                self._kept[index] = ((), ())
+        self._unfuse()
+        sums = {}
+        for slot in self.slots:  # fused matrices have several slots and one vector
+            key = channel_key(slot)
+            if key not in sums:
+                sums[key] = _channel_sums(self._leaves[slot.parameter], slot)
+                if not torch.isfinite(sums[key]).all():
+                    raise InputError(_not_finite(self.stack, slot.parameter))
+        return sums
+
+    def _prepare(self, weights: Mapping[str, Tensor]) -> None:
+        scored = {slot.parameter for slot in self.slots}
+        self._leaves = {name: weight.detach().requires_grad_(name in scored) for name, weight in weights.items()}
         with torch.enable_grad():
-            output = stack.run_layer(layer, hidden, stack.layer_arguments(hidden)[layer], leaves)
-        # accumulates into the .grad of the weights in place: the sum over the whole calibration set
-        torch.autograd.backward(output, upstream[index])
-        assert hidden.grad is not None
-        upstream[index] = hidden.grad
-        inputs[index] = hidden.grad  # frees the activation: the walk never returns to it
-    sums = {channel_key(slot): _channel_sums(leaves[slot.parameter], slot) for slot in slots}
-    for slot in slots:
-        if not torch.isfinite(sums[channel_key(slot)]).all():
-            raise InputError(_not_finite(stack, slot.parameter))
-    return sums
+            fused = dict(self.stack.architecture.fuse(self.layer, self._leaves))
+        if any(weight.grad_fn is not None for weight in fused.values()):
+            # fused once, not a microbatch: the gradient gathers at the fused tensor and is handed back at the end
+            self._fused = {name: weight for name, weight in fused.items() if weight.grad_fn is not None}
+            fused |= {name: weight.detach().requires_grad_() for name, weight in self._fused.items()}
+        self._parameters = fused
+
+    def _forward(self, streams: Streams) -> tuple[Streams, Streams]:
+        leaves = tuple(stream.detach().requires_grad_() for stream in streams)
+        with torch.enable_grad():
+            return leaves, self.stack.run_layer(self.layer, leaves, self._parameters)
+
+    def _unfuse(self) -> None:
+        for name, weight in self._fused.items():
+            torch.autograd.backward(weight, self._parameters.pop(name).grad)
+        self._fused = {}
 
 
 def _channel_sums(weight: Tensor, slot: Slot) -> Float[Tensor, " channels"]:
@@ -122,12 +177,10 @@ def _channel_sums(weight: Tensor, slot: Slot) -> Float[Tensor, " channels"]:
 def _not_finite(stack: Stack, parameter: str) -> str:
     """Say what is broken: the first weight of the walk that is not finite, else where the gradient overflowed."""
     architecture = stack.architecture
-    layers = [
-        name for layer in range(stack.num_layers) for name in stack.weights.under(architecture.layer_prefix(layer))
-    ]
-    norm = stack.weights.under(architecture.norm_prefix)
+    layers = [name for layer in range(stack.num_layers) for name in architecture.layer_parameters(layer)]
+    norm = [name for name in architecture.parameter_shapes if name.startswith(architecture.norm_prefix)]
     for name in (architecture.embedding_parameter, *layers, *norm, stack.head_parameter):
-        if not torch.isfinite(stack.weights[name]).all():
+        if not torch.isfinite(stack.weights[stack.stored_name(name)]).all():
             return f"{name}: expected finite weights, got NaN or infinity; fetch the model again or choose another"
     return (
         f"{parameter}: expected a finite gradient of the objective, got NaN or infinity although all weights are "

@@ -5,25 +5,23 @@ at a time: memory is one tensor, time about that of copying the file. Checkpoint
 """
 
 import errno
-import json
 import math
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from nirvana.checkpoint import modeling_nirvana
 from nirvana.checkpoint.config import MODELING_FILE, pruned_config
+from nirvana.checkpoint.safetensors_stream import stream_safetensors
 from nirvana.errors import InputError
 from nirvana.files import atomic_directory, write_json
-from nirvana.plan import Plan
+from nirvana.plan import PLAN_NAME, Plan
 from nirvana.slicing import Slicer
 from nirvana.walk import Stack
 from nirvana.weights import FLOAT_TYPES, INDEX_NAME, WeightFiles, model_digest
 
-PLAN_NAME = "nirvana_plan.json"
 # the tokenizer, how to generate, the licence; adapters, other weights and code stay behind
 _CARRIED = (
     "tokenizer*.json",
@@ -70,23 +68,24 @@ def prune(
     sites = architecture.sites()
     plan.check_fits(sites, model_digest(source) if match_digest else None)
     slicer = Slicer(sites, plan.keep)
-    _check_space(target, _checkpoint_bytes(weights, slicer))
+    config = pruned_config(architecture, plan.keep)
+    written = _written(stack, stock=config["model_type"] == architecture.model_type)
+    _check_space(target, _checkpoint_bytes(weights, slicer, written))
     try:
         with atomic_directory(target) as temporary:
-            _write_weights(weights, slicer, temporary, on_tensor)
-            kept_units = {name: len(indices) for name, indices in plan.keep.items()}
-            config = pruned_config(architecture, kept_units)
+            _write_weights(weights, slicer, written, temporary, on_tensor)
             write_json(temporary / "config.json", config)
             if "auto_map" in config:
                 shutil.copyfile(modeling_nirvana.__file__, temporary / MODELING_FILE)
             plan.write(temporary / PLAN_NAME)
-            _copy_companions(source, temporary)
+            copy_companions(source, temporary)
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
         raise InputError(
             f"{target}: the disk became full while the checkpoint was written, expected "
-            f"{_checkpoint_bytes(weights, slicer) / 1e6:.0f} MB ({error.strerror}); free some space and run again"
+            f"{_checkpoint_bytes(weights, slicer, written) / 1e6:.0f} MB ({error.strerror}); free some space "
+            "and run again"
         ) from error
 
 
@@ -103,12 +102,20 @@ def _check_target(source: Path, target: Path) -> None:
         )
 
 
-def _tensor_bytes(weights: WeightFiles, slicer: Slicer, name: str) -> int:
-    return math.prod(slicer.shape(name, weights.shape(name))) * FLOAT_TYPES[weights.dtype(name)]
+def _written(stack: Stack, stock: bool) -> dict[str, str]:
+    """Return the tensors of the checkpoint, each with the stored one that it is cut from."""
+    names = {name for name in stack.weights if stack.is_parameter(name)}
+    if not stock:
+        names |= set(stack.architecture.derived_parameters())
+    return {name: stack.stored_name(name) for name in sorted(names)}
 
 
-def _checkpoint_bytes(weights: WeightFiles, slicer: Slicer) -> int:
-    return sum(_tensor_bytes(weights, slicer, name) for name in weights)
+def _tensor_bytes(weights: WeightFiles, slicer: Slicer, name: str, stored: str) -> int:
+    return math.prod(slicer.shape(name, weights.shape(stored))) * FLOAT_TYPES[weights.dtype(stored)]
+
+
+def _checkpoint_bytes(weights: WeightFiles, slicer: Slicer, written: Mapping[str, str]) -> int:
+    return sum(_tensor_bytes(weights, slicer, name, stored) for name, stored in written.items())
 
 
 def _check_space(target: Path, needed: int) -> None:
@@ -121,49 +128,40 @@ def _check_space(target: Path, needed: int) -> None:
         )
 
 
-def _write_weights(weights: WeightFiles, slicer: Slicer, directory: Path, on_tensor: Callable[[str], None]) -> None:
+def _write_weights(
+    weights: WeightFiles,
+    slicer: Slicer,
+    written: Mapping[str, str],
+    directory: Path,
+    on_tensor: Callable[[str], None],
+) -> None:
     """Write one output file for each input file, so that shards keep their size relation and names."""
-    files: dict[str, list[str]] = {}
-    for name in sorted(weights):
-        files.setdefault(weights.file_of[name].name, []).append(name)
+    files: dict[str, dict[str, str]] = {}
+    for name, stored in written.items():
+        files.setdefault(weights.file_of[stored].name, {})[name] = stored
     for file_name, names in sorted(files.items()):
         _write_file(weights, slicer, directory / file_name, names, on_tensor)
     if len(files) > 1:
         weight_map = {name: file_name for file_name, names in files.items() for name in names}
-        total = _checkpoint_bytes(weights, slicer)
+        total = _checkpoint_bytes(weights, slicer, written)
         write_json(directory / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _write_file(
-    weights: WeightFiles, slicer: Slicer, path: Path, names: Iterable[str], on_tensor: Callable[[str], None]
+    weights: WeightFiles, slicer: Slicer, path: Path, stored: Mapping[str, str], on_tensor: Callable[[str], None]
 ) -> None:
-    """Write a safetensors file: 8 bytes of header length, a JSON header, then the tensors.
+    header = {
+        name: (weights.dtype(source), slicer.shape(name, weights.shape(source))) for name, source in stored.items()
+    }
 
-    Source: the format's own description, https://github.com/huggingface/safetensors#format.
-    """
-    # Wide types first: every tensor then starts at a multiple of its item size.
-    ordered = sorted(names, key=lambda name: (-FLOAT_TYPES[weights.dtype(name)], name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in ordered:
-        end = offset + _tensor_bytes(weights, slicer, name)
-        shape = list(slicer.shape(name, weights.shape(name)))
-        header[name] = {"dtype": weights.dtype(name), "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name in ordered:
-            file.write(_bytes_of(slicer.apply(name, weights[name])))
-            on_tensor(name)
+    def read(name: str) -> Tensor:
+        on_tensor(name)
+        return slicer.apply(name, weights[stored[name]])
+
+    stream_safetensors(path, header, read)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
-
-
-def _copy_companions(source: Path, target: Path) -> None:
+def copy_companions(source: Path, target: Path) -> None:
     """Copy the tokenizer, generation settings and licence; never code, never other weights."""
     for pattern in _CARRIED:
         for file in sorted(source.glob(pattern)):

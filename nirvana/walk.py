@@ -3,40 +3,53 @@
 A `Stack` never builds the model: it keeps the code of each layer on the meta device and calls it with weights read by
 name, upcast to float32 for compute. Weights can therefore be replaced for one call, sliced or required to have
 gradients, without touching anything that another call shares.
+
+Weights are *resident*, in memory once read, or *streamed*: read again in each walk, the next layer while the present
+one computes, at most two layers in memory. Both compute the same numbers from the same tensors, bit for bit.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
-from torch.func import functional_call
+from torch import Tensor, nn
 
-from nirvana.architectures.decoder import DecoderArchitecture
+from nirvana.architectures.architecture import Architecture, Parameters, Streams
 from nirvana.architectures.registry import architecture_for, read_config
 from nirvana.errors import InputError
 from nirvana.weights import FLOAT_TYPES, WeightFiles, to_compute
 
+Execution = Literal["resident", "streamed"]
 TokenIds = Int[Tensor, "batch tokens"]
+Ids = TokenIds | tuple[Int[Tensor, "batch _"], ...]
+"""Token ids of a decoder-only model; of an encoder-decoder the encoder's and the decoder's."""
 Hidden = Float[Tensor, "batch tokens hidden"]
-Part = Float[Tensor, "_ tokens hidden"]
-"""One microbatch of a list: the last may be smaller."""
 
 
 @dataclass(frozen=True)
 class Stack:
     """A dense model as a stack of layers."""
 
-    architecture: DecoderArchitecture
+    architecture: Architecture
     weights: WeightFiles
     device: torch.device
+    execution: Execution = "resident"
+    _resident: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def open(cls, model_directory: Path | str, device: torch.device | str = "cpu") -> "Stack":
-        """Open a model directory.
+    def open(
+        cls, model_directory: Path | str, device: torch.device | str = "cpu", execution: Execution = "resident"
+    ) -> "Stack":
+        """Open a model directory; nothing of the weights is read yet.
+
+        Args:
+            model_directory: Configuration and safetensors files.
+            device: Where it computes.
+            execution: Whether weights stay in memory once they are read.
 
         Raises:
             InputError: If the family is unknown, the model is quantised, or a file is missing, broken or of another
@@ -48,9 +61,16 @@ class Stack:
                 f"{model_directory}: expected weights in float64, float32, float16 or bfloat16, got a quantised model; "
                 "prune the model it was made from, then quantise the result"
             )
+        weights = WeightFiles(model_directory)
         try:
             architecture = architecture_for(config)
-            shapes = {name: tuple(weight.shape) for name, weight in architecture.skeleton.named_parameters()}
+            last = architecture.layer_prefix(max(0, architecture.num_layers - 1))
+            if not weights.under(last):  # before a skeleton of layers that do not exist is built
+                raise InputError(
+                    f"{last}*: expected parameters of layer {architecture.num_layers}, the last that config.json has, "
+                    "found none; the configuration and the weights do not belong together"
+                )
+            shapes = architecture.parameter_shapes
             architecture.sites()
         except InputError:
             raise
@@ -59,7 +79,7 @@ class Stack:
                 f"{model_directory}/config.json: expected the configuration of a model, got values it cannot be built "
                 f"from ({type(error).__name__}: {str(error)[:120]}); fetch the model again"
             ) from error
-        stack = cls(architecture, WeightFiles(model_directory), torch.device(device))
+        stack = cls(architecture, weights, torch.device(device), execution)
         stack._check(shapes)
         return stack
 
@@ -74,11 +94,10 @@ class Stack:
                     "the configuration and the weights do not belong together"
                 )
         for name in self.weights:
-            # a tied head may be stored beside its embedding; old checkpoints store the rotary frequencies
-            known = name in shapes or name == self.head_parameter or name.endswith("rotary_emb.inv_freq")
+            known = self.is_parameter(name) or self.architecture.is_superfluous(name)
             if not known or self.weights.dtype(name) not in FLOAT_TYPES:
                 raise InputError(
-                    f"{name}: expected the parameters of a {self.architecture.family.model_type} model in "
+                    f"{name}: expected the parameters of a {self.architecture.model_type} model in "
                     f"{', '.join(FLOAT_TYPES)}, got this one in {self.weights.dtype(name)}; choose another model"
                 )
 
@@ -93,56 +112,118 @@ class Stack:
         """Layers of the stack."""
         return self.architecture.num_layers
 
+    def is_parameter(self, name: str) -> bool:
+        """Tell whether a stored tensor is part of the model; a tied head may be stored beside its embedding."""
+        return name in self.architecture.parameter_shapes or name == self.head_parameter
+
+    def stored_name(self, name: str) -> str:
+        """Return the tensor to read for a parameter: itself, or in a dense model the one that several layers share."""
+        return name if name in self.weights else self.architecture.stored_name(name)
+
     def parameter(self, name: str) -> Tensor:
         """Return one parameter in float32 on the stack's device."""
-        return to_compute(self.weights[name], self.device)
+        stored = self.stored_name(name)
+        if self.execution == "streamed":
+            return to_compute(self.weights[stored], self.device)
+        if stored not in self._resident:
+            self._resident[stored] = to_compute(self.weights[stored], self.device)
+        return self._resident[stored]
 
-    def check_ids(self, ids: TokenIds) -> None:
+    def check_ids(self, ids: Ids) -> None:
         """Refuse token ids that the model has no embedding for.
 
         Raises:
-            InputError: If an id is negative or not below the vocabulary size.
+            InputError: If an id is negative or not below the vocabulary size, or the model is an encoder-decoder and
+                the ids are not those of an encoder and a decoder.
         """
-        if ids.numel() == 0:
-            raise InputError(f"expected sequences of token ids, got none (shape {tuple(ids.shape)}); add some")
-        if int(ids.min()) < 0 or int(ids.max()) >= self.architecture.vocab_size:
+        expected = 2 if self.architecture.is_encoder_decoder else 1
+        each = as_streams(ids)
+        if len(each) != expected:
             raise InputError(
-                f"expected token ids below the model's vocabulary size {self.architecture.vocab_size}, got "
-                f"{int(ids.min())} to {int(ids.max())}; the tokenizer does not belong to this model"
+                f"expected token ids for {expected} stack(s) of a {self.architecture.model_type} model, "
+                f"got {len(each)}; an encoder-decoder needs input_ids and decoder_input_ids, others input_ids only"
             )
+        for of_stream in each:
+            if of_stream.numel() == 0:
+                shape = tuple(of_stream.shape)
+                raise InputError(f"expected sequences of token ids, got none (shape {shape}); add some")
+            if int(of_stream.min()) < 0 or int(of_stream.max()) >= self.architecture.vocab_size:
+                raise InputError(
+                    f"expected token ids below the model's vocabulary size {self.architecture.vocab_size}, got "
+                    f"{int(of_stream.min())} to {int(of_stream.max())}; the tokenizer does not belong to this model"
+                )
 
-    def embed(self, ids: TokenIds) -> Hidden:
-        """Return the hidden states that enter layer 0."""
+    def embed(self, ids: Ids) -> Streams:
+        """Return the streams that enter layer 0."""
         # Gathered before upcasting: a bf16 table of a large vocabulary is never copied whole.
         table = self.weights[self.architecture.embedding_parameter]
-        return to_compute(self.architecture.embed(table, ids.to(table.device)), self.device)
-
-    def layer_arguments(self, hidden: Hidden) -> list[dict[str, Any]]:
-        """Return each layer's further arguments; they depend on the shape of `hidden` alone."""
-        return self.architecture.layer_arguments(hidden)
+        vectors = [nn.functional.embedding(each.to(table.device), table) for each in as_streams(ids)]
+        return self.architecture.embed([to_compute(vector, self.device) for vector in vectors])
 
     def layer_weights(self, layer: int) -> dict[str, Tensor]:
-        """Return one layer's parameters in float32, by full name."""
-        return {name: self.parameter(name) for name in self.weights.under(self.architecture.layer_prefix(layer))}
+        """Return one layer's parameters in float32, by full name, as the checkpoint stores them."""
+        return {name: self.parameter(name) for name in self.architecture.layer_parameters(layer)}
+
+    def layers(self, order: Iterable[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Yield layers with their weights, in the given order.
+
+        When streamed, the next layer is read while the caller works on the present one, whose weights are taken back
+        as soon as the caller asks for the next: hold none of them beyond that.
+        """
+        if self.execution == "resident":
+            yield from ((layer, self.layer_weights(layer)) for layer in order)
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
+            pending: list[tuple[int, Future[dict[str, Tensor]]]] = []
+            for following in [*order, None]:
+                if following is not None:
+                    pending.append((following, pool.submit(self.layer_weights, following)))
+                if following is None or len(pending) == 2:
+                    layer, future = pending.pop(0)
+                    weights = future.result()
+                    del future
+                    yield layer, weights
+                    weights.clear()
 
     def run_layer(
-        self, layer: int, hidden: Hidden, arguments: Mapping[str, Any], weights: Mapping[str, Tensor]
-    ) -> Hidden:
-        """Return the hidden states that leave a layer, run with the given weights (dense or sliced)."""
-        prefix = self.architecture.layer_prefix(layer)
-        local = {name.removeprefix(prefix): weight for name, weight in weights.items()}
-        output = functional_call(self.architecture.layer_module(layer), local, (hidden,), dict(arguments))
-        return output[0] if isinstance(output, tuple) else output
+        self, layer: int, streams: Streams, weights: Parameters, kept_units: Mapping[str, int] | None = None
+    ) -> Streams:
+        """Return the streams that leave a layer.
 
-    def final_norm(self, hidden: Hidden) -> Hidden:
+        Args:
+            layer: Which.
+            streams: What enters it.
+            weights: Its parameters, dense or sliced, as the module has them (`Architecture.fuse`).
+            kept_units: Units by site where the weights are sliced.
+        """
+        module = self.architecture.layer_module(layer, kept_units)
+        arguments = self.architecture.layer_arguments(streams)[layer]
+        return self.architecture.run_layer(layer, streams, arguments, weights, module)
+
+    def head_input(self, streams: Streams) -> Hidden:
         """Return hidden states as the head reads them."""
-        prefix = self.architecture.norm_prefix
-        local = {name.removeprefix(prefix): self.parameter(name) for name in self.weights.under(prefix)}
-        return functional_call(self.architecture.norm_module, local, (hidden,))
+        architecture, hidden = self.architecture, streams[-1]
+        local = {
+            name.removeprefix(architecture.norm_prefix): self.parameter(name)
+            for name in architecture.parameter_shapes
+            if name.startswith(architecture.norm_prefix)
+        }
+        normalised = torch.func.functional_call(architecture.norm_module, local, (hidden,))
+        return normalised if architecture.output_scale == 1.0 else normalised * architecture.output_scale
 
     def head_weight(self) -> Tensor:
         """Return the output head as stored: `[vocab, hidden]`. Upcast a chunk at a time."""
         return self.weights[self.head_parameter]
+
+
+def as_streams(ids: Ids) -> tuple[Tensor, ...]:
+    """Return token ids as one tensor a stream."""
+    return ids if isinstance(ids, tuple) else (ids,)
+
+
+def part_of(ids: Ids, rows: slice) -> tuple[Tensor, ...]:
+    """Return some sequences of each stream's ids."""
+    return tuple(each[rows] for each in as_streams(ids))
 
 
 def microbatches(sequences: int, size: int) -> Iterator[slice]:
@@ -150,7 +231,7 @@ def microbatches(sequences: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, sequences)) for start in range(0, sequences, size))
 
 
-def walk_forward(stack: Stack, hidden: Sequence[Part], layer: int) -> list[Part]:
+def walk_forward(stack: Stack, parts: Sequence[Streams], layer: int, weights: Parameters) -> list[Streams]:
     """Return the outputs of one dense layer for every microbatch."""
-    weights = stack.layer_weights(layer)
-    return [stack.run_layer(layer, part, stack.layer_arguments(part)[layer], weights) for part in hidden]
+    fused = stack.architecture.fuse(layer, weights)
+    return [stack.run_layer(layer, part, fused) for part in parts]

@@ -1,7 +1,7 @@
 """Read a model's tensors by name from its safetensors files, without loading the model."""
 
 import hashlib
-import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nirvana.errors import InputError
-from nirvana.files import sha256_file
+from nirvana.fields import shortened
+from nirvana.files import read_json, sha256_file
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+# no separator of any system and short enough for any: a name can then only mean a file of the same directory
+_SHARD_NAME = re.compile(r"[\w.+= -]{1,200}\.safetensors", re.ASCII)
 FLOAT_TYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Bytes an element of the types that weights may have, as safetensors spells them."""
 
@@ -22,30 +25,39 @@ FLOAT_TYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 def weight_files(model_directory: Path | str) -> list[Path]:
     """Return the safetensors files of a model directory, in name order.
 
+    A shard must lie in the directory by its name. Links are followed: the cache of Hugging Face consists of them, and
+    only someone who can write here can make one.
+
     Raises:
         InputError: If there are none, the index is unreadable, or a shard it names is missing or lies elsewhere.
     """
     directory = Path(model_directory)
     index = directory / INDEX_NAME
+    whole = (directory / WEIGHTS_NAME).is_file()
     # as transformers: a whole file goes before an index
-    if index.is_file() and not (directory / WEIGHTS_NAME).is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{index}: expected an index of shards, got {error!r}; fetch the model again") from error
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
-                raise InputError(f"{index}: expected file names beside it, got {name!r}; do not use this model")
-    else:
-        names = [WEIGHTS_NAME]
+    names = _shard_names(index) if index.is_file() and not whole else [WEIGHTS_NAME]
     files = [directory / name for name in names]
     for file in files:
         if not file.is_file():
             raise InputError(
-                f"{file}: expected the model's weights as safetensors, found no such file; fetch the model again "
+                f"{directory}: expected the weight file {file.name}, found no such file; fetch the model again "
                 "(pickled weights are not read: convert them with save_pretrained first)"
             )
     return files
+
+
+def _shard_names(index: Path) -> list[str]:
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: expected a weight_map that names the weight files; fetch the model again")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
+            raise InputError(
+                f"{index}: expected file names beside it that end in .safetensors, got {shortened(name)}; "
+                "do not use this model"
+            )
+    return sorted(set(weight_map.values()))
 
 
 def model_digest(model_directory: Path | str) -> str:
@@ -71,7 +83,7 @@ class WeightFiles:
                 handle = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise InputError(
-                    f"{path}: expected a whole safetensors file, got one that cannot be read ({error}); "
+                    f"{path}: expected a whole safetensors file, got one that cannot be read ({str(error)[:200]}); "
                     "fetch the model again"
                 ) from error
             for name in handle.keys():

@@ -2,36 +2,17 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from nirvana.architectures.architecture import Architecture, Keep, Streams
 from nirvana.architectures.site import Site, Slot
 
 _MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-
-
-@dataclass(frozen=True)
-class DecoderFamily:
-    """How one family deviates from the common decoder layout.
-
-    The layout: `model.embed_tokens`, `model.layers.N.self_attn.{q,k,v,o}_proj`,
-    `model.layers.N.mlp.{gate,up,down}_proj`, `model.norm`, `lm_head` (absent when tied).
-    """
-
-    model_type: str
-    """`model_type` of the family's stock configuration."""
-    qkv_bias: bool | str
-    """Whether q, k and v carry biases, or the configuration key that says so."""
-    mlp_bias: bool | str
-    """Whether gate and up carry biases, or the configuration key that says so."""
-    attention_kinds: Any
-    """Function of the configuration: one of `full_attention`, `sliding_attention` for each layer."""
 
 
 def head_dim_of(config: PretrainedConfig) -> int:
@@ -40,24 +21,23 @@ def head_dim_of(config: PretrainedConfig) -> int:
     return explicit if explicit is not None else config.hidden_size // config.num_attention_heads
 
 
-def _has(config: PretrainedConfig, flag: bool | str) -> bool:
-    return bool(getattr(config, flag, False)) if isinstance(flag, str) else flag
+class DecoderArchitecture(Architecture):
+    """Sites and walk of a decoder-only causal language model.
 
-
-class DecoderArchitecture:
-    """Sites and walk of a decoder-only causal language model."""
+    The common layout: `model.embed_tokens`, `model.layers.N.self_attn.{q,k,v,o}_proj`,
+    `model.layers.N.mlp.{gate,up,down}_proj`, `model.norm`, `lm_head` (absent when tied). A family says where it
+    deviates: a class attribute where the difference is a value, a method where it is a layout.
+    """
 
     embedding_parameter = "model.embed_tokens.weight"
     norm_prefix = "model.norm."
-    own_head_parameter = "lm_head.weight"
-    """Name of the output head's weight where it is not the embedding's."""
+    qkv_bias: bool | str = False
+    """Whether q, k and v carry biases, or the configuration key that says so."""
+    mlp_bias: bool | str = False
+    """Whether gate and up carry biases, or the configuration key that says so."""
 
-    def __init__(self, family: DecoderFamily, config: PretrainedConfig):
-        self.family = family
-        # The walk passes no mask where it can: only sdpa then remains causal.
-        self.config = copy.deepcopy(config)
-        self.config._attn_implementation = "sdpa"
-        self._skeleton: Any = None
+    def __init__(self, config: PretrainedConfig):
+        super().__init__(config)
         self._rotary: Any = None
 
     @property
@@ -66,101 +46,141 @@ class DecoderArchitecture:
         return self.config.num_hidden_layers
 
     @property
-    def vocab_size(self) -> int:
-        """Rows of the output head."""
-        return self.config.vocab_size
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return self.config.hidden_size
 
     def layer_prefix(self, layer: int) -> str:
         """Return what all parameter names of a layer begin with."""
         return f"model.layers.{layer}."
 
+    def has(self, flag: bool | str) -> bool:
+        """Return a flag's value: itself, or what the configuration says under that key."""
+        return bool(getattr(self.config, flag, False)) if isinstance(flag, str) else flag
+
     # -- sites ---------------------------------------------------------------------------------------------------
 
     def sites(self) -> tuple[Site, ...]:
-        """Return the KV-group and MLP-neuron site of every layer, in walk order."""
+        """Return the KV-group and MLP-neuron sites of every layer, in walk order."""
         result: list[Site] = []
         for layer in range(self.num_layers):
             config = self.config.per_layer_config[layer]
-            result += [self._attention_site(layer, config), self._mlp_site(layer, config)]
+            slots = self._attention_slots(self.layer_prefix(layer) + "self_attn.", config)
+            result.append(Site(f"layers.{layer}.kv_group", "attention", layer, config.num_key_value_heads, slots))
+            result += self._mlp_sites(layer, config)
         return tuple(result)
 
-    def _attention_site(self, layer: int, config: PretrainedConfig) -> Site:
-        prefix, hidden, head_dim = self.layer_prefix(layer) + "self_attn.", config.hidden_size, head_dim_of(config)
+    def _attention_slots(self, prefix: str, config: PretrainedConfig) -> tuple[Slot, ...]:
+        hidden, head_dim = config.hidden_size, head_dim_of(config)
         queries_per_kv = config.num_attention_heads // config.num_key_value_heads
         blocks = {"q_proj": queries_per_kv * head_dim, "k_proj": head_dim, "v_proj": head_dim}
         slots = [Slot(f"{prefix}{name}.weight", 0, block, hidden) for name, block in blocks.items()]
         slots.append(Slot(f"{prefix}o_proj.weight", 1, queries_per_kv * head_dim, hidden))
-        if _has(config, self.family.qkv_bias):
+        if self.has(self.qkv_bias):
             slots += [Slot(f"{prefix}{name}.bias", 0, block, 1, is_bias=True) for name, block in blocks.items()]
-        return Site(f"layers.{layer}.kv_group", "attention", layer, config.num_key_value_heads, tuple(slots))
+        return tuple(slots)
 
-    def _mlp_site(self, layer: int, config: PretrainedConfig) -> Site:
-        prefix, hidden = self.layer_prefix(layer) + "mlp.", config.hidden_size
+    def _mlp_sites(self, layer: int, config: PretrainedConfig) -> list[Site]:
+        slots = self._mlp_slots(self.layer_prefix(layer) + "mlp.", config)
+        return [Site(f"layers.{layer}.mlp_neuron", "mlp", layer, config.intermediate_size, slots)]
+
+    def _mlp_slots(self, prefix: str, config: PretrainedConfig) -> tuple[Slot, ...]:
+        hidden = config.hidden_size
         slots = [Slot(f"{prefix}{name}.weight", 0, 1, hidden) for name in ("gate_proj", "up_proj")]
         slots.append(Slot(f"{prefix}down_proj.weight", 1, 1, hidden))
-        if _has(config, self.family.mlp_bias):
+        if self.has(self.mlp_bias):
             slots += [Slot(f"{prefix}{name}.bias", 0, 1, 1, is_bias=True) for name in ("gate_proj", "up_proj")]
-        return Site(f"layers.{layer}.mlp_neuron", "mlp", layer, config.intermediate_size, tuple(slots))
+        return tuple(slots)
+
+    # -- sizes ---------------------------------------------------------------------------------------------------
 
     def layer_overrides(self, layer: int, kept_units: Mapping[str, int]) -> dict[str, int]:
-        """Return the configuration values of one layer that keeps the given number of units at each of its sites."""
+        """Return the configuration values of one layer that keeps that many units at each of its sites."""
         config = self.config.per_layer_config[layer]
         kept_groups = kept_units[f"layers.{layer}.kv_group"]
         return {
             "num_attention_heads": kept_groups * (config.num_attention_heads // config.num_key_value_heads),
             "num_key_value_heads": kept_groups,
-            "intermediate_size": kept_units[f"layers.{layer}.mlp_neuron"],
+            **self._mlp_overrides(layer, kept_units),
         }
 
-    def explicit_values(self) -> dict[str, int]:
-        """Return configuration values that a stock class would otherwise derive from counts that pruning changes."""
-        return {"head_dim": head_dim_of(self.config)}
+    def _mlp_overrides(self, layer: int, kept_units: Mapping[str, int]) -> dict[str, int]:
+        return {"intermediate_size": kept_units[f"layers.{layer}.mlp_neuron"]}
+
+    def stock_overrides(self, keep: Keep) -> dict[str, Any] | None:
+        """Return the values that all layers share; None where they differ."""
+        kept_units = {name: len(indices) for name, indices in keep.items()}
+        shared: dict[str, Any] = {"head_dim": head_dim_of(self.config)}
+        for layer in range(self.num_layers):
+            for key, value in self.layer_overrides(layer, kept_units).items():
+                if shared.setdefault(key, value) != value:
+                    return None
+        return shared
+
+    def pruned_overrides(self, kept_units: Mapping[str, int]) -> dict[str, Any]:
+        """Return the sizes layer by layer, beside the dense ones."""
+        digits = len(str(self.num_layers - 1))
+        return {
+            "head_dim": head_dim_of(self.config),
+            # Tools that read the global values get the dense ones: an upper bound for every layer.
+            "allow_global_per_layer_attribute_access": True,
+            "per_layer_config": {
+                str(layer).zfill(digits): self.layer_overrides(layer, kept_units) for layer in range(self.num_layers)
+            },
+        }
 
     # -- walk ----------------------------------------------------------------------------------------------------
 
-    @property
-    def skeleton(self) -> Any:
-        """The model without weights (meta device): its modules hold the code of each step of the walk."""
-        if self._skeleton is None:
-            with torch.device("meta"):
-                self._skeleton = AutoModelForCausalLM.from_config(self.config).eval()
-        return self._skeleton
+    def _build_skeleton(self) -> Any:
+        return AutoModelForCausalLM.from_config(self.config)
 
-    def _rotary_on(self, device: torch.device) -> nn.Module:
-        """Return the rotary embedding with values: its frequencies are computed, not loaded."""
-        if self._rotary is None:
-            self._rotary = type(self.skeleton.model.rotary_emb)(config=self.config)
-        return self._rotary.to(device)
-
-    def layer_module(self, layer: int) -> nn.Module:
-        """Return the module of one layer; its parameters are on the meta device."""
-        return self.skeleton.model.layers[layer]
+    def layer_module(self, layer: int, kept_units: Mapping[str, int] | None = None) -> nn.Module:
+        """Return the module of one layer; some families read their sizes from its configuration."""
+        dense = self.skeleton.model.layers[layer]
+        if kept_units is None:
+            return dense
+        config = copy.copy(self.config.per_layer_config[layer])
+        config.head_dim = head_dim_of(self.config)
+        for key, value in self.layer_overrides(layer, kept_units).items():
+            setattr(config, key, value)
+        with torch.device("meta"):
+            return type(dense)(config, layer).eval()
 
     @property
     def norm_module(self) -> nn.Module:
         """The normalisation between the last layer and the head."""
         return self.skeleton.model.norm
 
-    def embed(self, table: Float[Tensor, "vocab hidden"], ids: Int[Tensor, "batch tokens"]) -> Tensor:
-        """Return the hidden states that enter layer 0."""
-        return nn.functional.embedding(ids, table)
+    def attention_kinds(self) -> list[str]:
+        """Return `full_attention` or `sliding_attention` for each layer."""
+        kinds = getattr(self.config, "layer_types", None)
+        if kinds is not None:
+            return list(kinds)
+        window = getattr(self.config, "sliding_window", None)
+        return ["full_attention" if window is None else "sliding_attention"] * self.num_layers
 
-    def layer_arguments(self, hidden: Float[Tensor, "batch tokens hidden"]) -> list[dict[str, Any]]:
-        """Return what each layer's forward needs besides hidden states, for sequences that start at position 0."""
-        rotary_module = self._rotary_on(hidden.device)
+    def _position_embeddings(self, rotary: nn.Module, hidden: torch.Tensor, positions: torch.Tensor, kind: str) -> Any:
+        return rotary(hidden, positions)
+
+    def _layer_arguments(self, streams: Streams) -> list[dict[str, Any]]:
+        (hidden,) = streams
+        if self._rotary is None:  # with values: its frequencies are computed, not loaded
+            self._rotary = type(self.skeleton.model.rotary_emb)(config=self.config)
+        rotary = self._rotary.to(hidden.device)
         positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
-        rotary = rotary_module(hidden, positions)
-        kinds = self.family.attention_kinds(self.config)
-        masks = {
-            kind: _MASKS[kind](
-                config=self.config,
-                inputs_embeds=hidden,
-                attention_mask=None,
-                past_key_values=None,
-                position_ids=positions,
-            )
+        kinds = self.attention_kinds()
+        by_kind = {
+            kind: {
+                "attention_mask": _MASKS[kind](
+                    config=self.config,
+                    inputs_embeds=hidden,
+                    attention_mask=None,
+                    past_key_values=None,
+                    position_ids=positions,
+                ),
+                "position_embeddings": self._position_embeddings(rotary, hidden, positions, kind),
+                "position_ids": positions,
+            }
             for kind in sorted(set(kinds))
         }
-        return [
-            {"attention_mask": masks[kind], "position_embeddings": rotary, "position_ids": positions} for kind in kinds
-        ]
+        return [by_kind[kind] for kind in kinds]

@@ -1,12 +1,13 @@
 """Mistral: Llama's layout without biases; one sliding window for all layers, or none."""
 
-from nirvana.architectures.decoder import DecoderFamily
+from nirvana.architectures.decoder import DecoderArchitecture
 
-FAMILY = DecoderFamily(
-    model_type="mistral",
-    qkv_bias=False,
-    mlp_bias=False,
-    attention_kinds=lambda config: (
-        ["full_attention" if config.sliding_window is None else "sliding_attention"] * config.num_hidden_layers
-    ),
-)
+
+class Mistral(DecoderArchitecture):
+    """The common layout."""
+
+    model_type = "mistral"
+    gguf_layout = True
+
+
+FAMILY = Mistral

@@ -1,10 +1,13 @@
 """Qwen2 and Qwen2.5: biases on q, k and v; a kind of attention for each layer."""
 
-from nirvana.architectures.decoder import DecoderFamily
+from nirvana.architectures.decoder import DecoderArchitecture
 
-FAMILY = DecoderFamily(
-    model_type="qwen2",
-    qkv_bias=True,
-    mlp_bias=False,
-    attention_kinds=lambda config: list(config.layer_types),
-)
+
+class Qwen2(DecoderArchitecture):
+    """The common layout with biases in attention."""
+
+    model_type = "qwen2"
+    qkv_bias = True
+
+
+FAMILY = Qwen2

@@ -3,11 +3,14 @@
 The shared norms have `head_dim` elements and belong to no unit: they stay whole.
 """
 
-from nirvana.architectures.decoder import DecoderFamily
+from nirvana.architectures.decoder import DecoderArchitecture
 
-FAMILY = DecoderFamily(
-    model_type="qwen3",
-    qkv_bias="attention_bias",
-    mlp_bias=False,
-    attention_kinds=lambda config: list(config.layer_types),
-)
+
+class Qwen3(DecoderArchitecture):
+    """The common layout."""
+
+    model_type = "qwen3"
+    qkv_bias = "attention_bias"
+
+
+FAMILY = Qwen3

@@ -31,6 +31,9 @@ class Slot:
     base: int = 0
     is_bias: bool = False
     """Biases are sliced with their unit but carry no saliency and do not count as block weights."""
+    stored_as: str | None = None
+    """The parameter that a dense checkpoint holds instead, where several layers read one: T5's relative position
+    biases. A pruned checkpoint gives each layer its own slice; masking must leave the shared one alone."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,10 @@ class Site:
     layer: int
     units: int
     slots: tuple[Slot, ...]
+    equal_with: str | None = None
+    """Sites with the same key keep equally many units: the experts of a layer, which run as one tensor."""
+    aligned_with: str | None = None
+    """Sites with the same key keep the same indices where a stock checkpoint is asked for (`scope: uniform`)."""
 
     @property
     def weight_slots(self) -> tuple[Slot, ...]:

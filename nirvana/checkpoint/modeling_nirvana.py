@@ -1,24 +1,22 @@
-"""Pruned causal language models whose layers differ in size.
+"""Pruned language models whose layers differ in size.
 
 This file travels with every such checkpoint (`auto_map`), so that it loads with `trust_remote_code=True` where NIRVANA
 is not installed; `import nirvana` registers the same classes and makes the flag unnecessary. It needs transformers
 >= 5.15, whose configurations carry `per_layer_config`.
+
+No family is listed here: `Nirvana<Class>` is made from transformers' own `<Class>` when it is asked for.
 """
 
+import copy
 import logging
 
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
 )
+from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5LayerCrossAttention
 
 # The dense layers are built from the global values before they are replaced below: no reason to warn of ambiguity.
 logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").setLevel(logging.ERROR)
@@ -29,60 +27,113 @@ class _PrunedConfig:
         """Accept any number of heads: pruned layers need not divide the hidden size, `head_dim` is explicit."""
 
 
-class _PrunedModel:
+class _LayerConfig:
+    """The model's one configuration as a layer sees it: with sizes of its own.
+
+    Everything else is read from the shared object, so that set_attn_implementation reaches every layer.
+    """
+
+    def __init__(self, shared, own):
+        self.__dict__.update(_shared=shared, _own=own)
+
+    def __getattr__(self, name):
+        if name.startswith("__") or "_own" not in self.__dict__:  # while it is being copied
+            raise AttributeError(name)
+        return self._own[name] if name in self._own else getattr(self._shared, name)
+
+
+def _share_config(layer, config, own):
+    for module in layer.modules():
+        if getattr(module, "config", None) is not None:
+            module.config = _LayerConfig(config, own)
+
+
+class _PrunedDecoder:
     def __init__(self, config):
         super().__init__(config)
+        overrides = config.to_dict()["per_layer_config"]
         for index, dense in enumerate(self.model.layers):
             layer = type(dense)(config.per_layer_config[index], index)
-            for module in layer.modules():
-                if getattr(module, "config", None) is not None:
-                    module.config = config  # one shared object, so that set_attn_implementation reaches every layer
+            own = next((sizes for key, sizes in overrides.items() if int(key) == index), {})
+            if own.get("moe_intermediate_size", 0) % 8:  # the grouped product takes rows of whole 16 bytes only
+                own = own | {"_experts_implementation": "eager"}
+            _share_config(layer, config, own)
             self.model.layers[index] = layer
         self.post_init()
 
 
-class NirvanaLlamaConfig(_PrunedConfig, LlamaConfig):
-    model_type = "nirvana_llama"
+class _OwnBiasAttention(T5Attention):
+    """Attention that never takes the position bias of an earlier layer: the two keep different heads."""
+
+    def forward(self, hidden_states, mask=None, key_value_states=None, position_bias=None, **kwargs):
+        return super().forward(hidden_states, mask, key_value_states, None, **kwargs)
 
 
-class NirvanaMistralConfig(_PrunedConfig, MistralConfig):
-    model_type = "nirvana_mistral"
+def _sized(config, **sizes):
+    config = copy.copy(config)
+    for key, value in sizes.items():
+        setattr(config, key, value)
+    return config
 
 
-class NirvanaQwen2Config(_PrunedConfig, Qwen2Config):
-    model_type = "nirvana_qwen2"
+def pruned_t5_block(config, index, heads, cross_heads, neurons):
+    """Return one T5 block with that many heads and neurons, and a relative position bias of its own."""
+    block = T5Block(_sized(config, num_heads=heads, d_ff=neurons), has_relative_attention_bias=True, layer_idx=index)
+    if config.is_decoder:
+        block.layer[1] = T5LayerCrossAttention(_sized(config, num_heads=cross_heads), layer_idx=index)
+    for module in block.modules():
+        if isinstance(module, T5Attention):
+            module.__class__ = _OwnBiasAttention
+    return block
 
 
-class NirvanaQwen3Config(_PrunedConfig, Qwen3Config):
-    model_type = "nirvana_qwen3"
+class _PrunedT5:
+    def __init__(self, config):
+        super().__init__(config)
+        for name in ("encoder", "decoder"):
+            stack = getattr(self, name)
+            for index, sizes in enumerate(config.pruned_layers[name]):
+                block = pruned_t5_block(
+                    stack.config, index, sizes["num_heads"], sizes.get("cross_num_heads"), sizes["d_ff"]
+                )
+                _share_config(block, stack.config, {})
+                stack.block[index] = block
+        self.post_init()
 
 
-class NirvanaLlamaForCausalLM(_PrunedModel, LlamaForCausalLM):
-    config_class = NirvanaLlamaConfig
+def pruned_classes(model_type):
+    """Return the configuration and the model class of a family's pruned models."""
+    stock_config = CONFIG_MAPPING[model_type]
+    mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if stock_config.is_encoder_decoder:
+        mapping = transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    return _named(f"Nirvana{stock_config.__name__}"), _named(f"Nirvana{mapping[stock_config].__name__}")
 
 
-class NirvanaMistralForCausalLM(_PrunedModel, MistralForCausalLM):
-    config_class = NirvanaMistralConfig
+def _named(name):
+    return globals().get(name) or __getattr__(name)
 
 
-class NirvanaQwen2ForCausalLM(_PrunedModel, Qwen2ForCausalLM):
-    config_class = NirvanaQwen2Config
+def __getattr__(name):
+    stock = getattr(transformers, name.removeprefix("Nirvana"), None) if name.startswith("Nirvana") else None
+    if stock is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if issubclass(stock, transformers.PretrainedConfig):
+        bases, own = (_PrunedConfig, stock), {"model_type": f"nirvana_{stock.model_type}"}
+        conversion = get_checkpoint_conversion_mapping(stock.model_type)
+        if conversion:  # files that hold expert by expert what the module has as one tensor
+            register_checkpoint_conversion_mapping(own["model_type"], conversion, overwrite=True)
+    else:
+        pruned = _PrunedT5 if stock.config_class.model_type == "t5" else _PrunedDecoder
+        config_class = _named(f"Nirvana{stock.config_class.__name__}")
+        bases, own = (pruned, stock), {"config_class": config_class}
+    globals()[name] = type(name, bases, own | {"__module__": __name__})
+    return globals()[name]
 
 
-class NirvanaQwen3ForCausalLM(_PrunedModel, Qwen3ForCausalLM):
-    config_class = NirvanaQwen3Config
-
-
-PRUNED_CLASSES = {
-    "llama": (NirvanaLlamaConfig, NirvanaLlamaForCausalLM),
-    "mistral": (NirvanaMistralConfig, NirvanaMistralForCausalLM),
-    "qwen2": (NirvanaQwen2Config, NirvanaQwen2ForCausalLM),
-    "qwen3": (NirvanaQwen3Config, NirvanaQwen3ForCausalLM),
-}
-
-
-def register():
-    """Make the Auto classes of transformers know the pruned models."""
-    for config_class, model_class in PRUNED_CLASSES.values():
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+def register(model_type):
+    """Make the Auto classes of transformers know the pruned models of one family."""
+    config_class, model_class = pruned_classes(model_type)
+    auto_model = AutoModelForSeq2SeqLM if config_class.is_encoder_decoder else AutoModelForCausalLM
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    auto_model.register(config_class, model_class, exist_ok=True)

@@ -1,5 +1,7 @@
 """Allocation: hand-computed cases first, then what must hold for any saliency."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -203,3 +205,37 @@ def test_ratio_is_met_or_refused(shape, pruning_ratio, gamma, round_to, seed, ti
         gone = np.setdiff1d(np.arange(site.units), kept)
         if len(gone):
             assert saliency[site.name][gone].max() <= saliency[site.name][kept].min()
+
+
+def expert_sites():
+    """One layer of one KV group and two experts of four neurons each, one weight a neuron."""
+    slot = Slot("up", 0, 1, 1)
+    experts = [Site(f"layers.0.experts.{e}.mlp_neuron", "mlp", 0, 4, (slot,), "layers.0.mlp_neuron") for e in range(2)]
+    return (Site("layers.0.kv_group", "attention", 0, 1, (slot,)), *experts)
+
+
+def test_experts_of_a_layer_keep_equally_many_by_hand():
+    """Expert 0's neurons matter a lot more, yet both lose two: 4 of 9 weights leave, each expert keeps its own best."""
+    sites = expert_sites()
+    saliency = {
+        "layers.0.kv_group": np.array([1.0], dtype=np.float32),
+        "layers.0.experts.0.mlp_neuron": np.array([90, 70, 80, 60], dtype=np.float32),
+        "layers.0.experts.1.mlp_neuron": np.array([1, 4, 2, 3], dtype=np.float32),
+    }
+    keep = allocate(sites, saliency, 4 / 9, 1e9, round_to=1)
+    assert keep["layers.0.experts.0.mlp_neuron"].tolist() == [0, 2]
+    assert keep["layers.0.experts.1.mlp_neuron"].tolist() == [1, 3]
+
+
+def test_uniform_scope_aligns_what_a_stock_checkpoint_shares():
+    """Two layers that share a table: separately they would keep heads 0 and 1, together they keep 1 (3+1 < 2+4)."""
+    sites = tuple(
+        site if site.module == "mlp" else replace(site, aligned_with="encoder") for site in make_sites(neurons=8)
+    )
+    saliency = ascending(sites)
+    saliency["layers.0.kv_group"] = np.array([3.0, 2.0], dtype=np.float32)
+    saliency["layers.1.kv_group"] = np.array([1.0, 4.0], dtype=np.float32)
+    aligned = allocate(sites, saliency, 0.5, 1.0, round_to=2, scope="uniform")
+    assert aligned["layers.0.kv_group"].tolist() == aligned["layers.1.kv_group"].tolist() == [1]
+    apart = allocate(make_sites(neurons=8), saliency, 0.5, 1.0, round_to=2, scope="uniform")
+    assert [apart[f"layers.{layer}.kv_group"].tolist() for layer in range(2)] == [[0], [1]]

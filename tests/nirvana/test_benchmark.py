@@ -4,19 +4,31 @@ import json
 
 import pytest
 import torch
-from tiny import tiny_llama
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import save_t5, t5_configs, tiny_llama
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
+from nirvana import benchmark as benchmark_module
 from nirvana.benchmark import Workload, benchmark, compare, measure_latencies, speeds
 from nirvana.errors import InputError
 from nirvana.footprint import (
+    available_bytes,
     checkpoint_bytes,
     count_parameters,
     decode_weight_bytes,
     fixed_prompt,
+    float32_bytes,
     flops_per_token,
     peak_bytes,
 )
+from nirvana.greedy import decode, prefill
+from nirvana.loading import load_model
 
 VOCABULARY, HIDDEN, NEURONS, LAYERS, HEAD_DIM, HEADS, KV_HEADS = 100, 32, 64, 2, 8, 4, 2
 CPU = torch.device("cpu")
@@ -170,3 +182,117 @@ def test_peak_memory_of_what_does_not_load_is_one_line(tmp_path):
     with pytest.raises(InputError, match="peak memory") as caught:
         peak_bytes(tmp_path, CPU, 1, 16, 1)
     assert "\n" not in str(caught.value)
+
+
+def _t5_weights(config: T5Config) -> tuple[int, int]:
+    """Weights of one attention, and of one feed-forward."""
+    matrices = 3 if config.is_gated_act else 2
+    return 4 * config.d_model * config.num_heads * config.d_kv, matrices * config.d_model * config.d_ff
+
+
+@pytest.mark.parametrize("name", t5_configs())
+@pytest.mark.parametrize(("batch", "length"), [(1, 16), (3, 10)])
+def test_flops_of_an_encoder_decoder(name, batch, length):
+    config = t5_configs()[name]
+    encoder, decoder, inner = config.num_layers, config.num_decoder_layers, config.num_heads * config.d_kv
+    attention, feed_forward = _t5_weights(config)
+    # a prompt: two operations a weight and position, then scores and weighted values
+    read = 2 * length * encoder * (attention + feed_forward) + 2 * 2 * encoder * length * length * inner
+    # the decoder's one position: its own attention reads one position, the other the whole prompt
+    self_attention = 2 * attention + 2 * 2 * inner
+    cross = 2 * attention // 2 + 2 * 2 * length * inner  # q and o
+    cross_keys_values = 2 * length * attention // 2  # k and v of the whole prompt
+    head = 2 * config.d_model * config.vocab_size
+    write = decoder * (self_attention + cross + cross_keys_values + 2 * feed_forward) + head
+    assert flops_per_token(config, batch, length) == pytest.approx((read + write) / length, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", t5_configs())
+def test_weight_bytes_of_an_encoder_decoder(tmp_path, name):
+    model = load_model(save_t5(name, tmp_path))
+    config = model.config
+    attention, feed_forward = _t5_weights(config)
+    norms = (3 * config.num_decoder_layers + 1) * config.d_model
+    # k and v of the cross-attention were used up in the prefill; the encoder too
+    blocks = config.num_decoder_layers * (attention + attention // 2 + feed_forward) + norms
+    assert decode_weight_bytes(model) == 4 * (blocks + config.vocab_size * config.d_model)
+
+
+@pytest.mark.parametrize("name", t5_configs())
+def test_a_reply_on_the_cache_is_what_generate_writes(tmp_path, name):
+    model = load_model(save_t5(name, tmp_path))
+    prompt = fixed_prompt(512, 2, 12)
+    with torch.inference_mode():
+        reply = prefill(model, prompt)
+        written = [reply.next_ids]
+        for _ in range(5):
+            reply = decode(model, reply)
+            written.append(reply.next_ids)
+        # a cache of its own: transformers makes one with as many layers as the encoder has
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        model.generation_config.eos_token_id = None
+        expected = model.generate(prompt, past_key_values=cache, max_new_tokens=6, do_sample=False)
+    assert torch.equal(torch.cat(written, dim=1), expected[:, 1:])
+
+
+def test_an_encoder_decoder_decodes_with_a_cache(monkeypatch):
+    model = T5ForConditionalGeneration(t5_configs()["t5-relu-tied"]).eval()
+    encoded, decoded = [], []
+    for stack, lengths in ((model.encoder, encoded), (model.decoder, decoded)):
+
+        def spy(*args, _forward=stack.forward, _lengths=lengths, **kwargs):
+            _lengths.append(kwargs["input_ids"].shape[1])
+            return _forward(*args, **kwargs)
+
+        monkeypatch.setattr(stack, "forward", spy)
+    measure_latencies({"only": model}, WORKLOAD)
+    assert encoded == [16] * 3
+    assert decoded == [1] * 3 * 5
+
+
+def test_float32_bytes_are_those_of_the_loaded_model(tmp_path):
+    directory = tiny_llama(tmp_path / "model")
+    model = load_model(directory)
+    assert float32_bytes(directory) == 4 * count_parameters(model)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    assert float32_bytes(tmp_path / "half") == float32_bytes(directory)
+    assert available_bytes(CPU) > 0
+
+
+@pytest.mark.parametrize(("share", "alternated"), [(2.0, True), (1.9, False)])
+def test_what_does_not_fit_twice_is_measured_one_after_the_other(tmp_path, monkeypatch, share, alternated):
+    directory = tiny_llama(tmp_path / "model")
+    both = 2 * float32_bytes(directory)
+    alive: list[str] = []
+    seen: list[list[str]] = []
+
+    def measure(models, workload):
+        seen.append(list(models))
+        return {name: benchmark_module.Latency(8.0 if name == "pruned" else 10.0, 1.0) for name in models}
+
+    def load(path, device, _load=load_model):
+        alive.append(str(path))
+        return _load(path, device)
+
+    monkeypatch.setattr(benchmark_module, "available_bytes", lambda device: int(share * both))
+    monkeypatch.setattr(benchmark_module, "peak_bytes", lambda *arguments: 1)
+    monkeypatch.setattr(benchmark_module, "measure_latencies", measure)
+    monkeypatch.setattr(benchmark_module, "load_model", load)
+    result = benchmark(directory, directory, WORKLOAD, CPU)
+    assert seen == ([["dense", "pruned"]] if alternated else [["dense"], ["pruned"]])
+    assert result["warning"].startswith("not alternated:") != alternated
+    assert "not faster in decode" in result["warning"]
+    assert result["ratio"]["prefill_latency_ms"] == 0.8
+    assert set(result["dense"]) == set(result["pruned"])
+
+
+@pytest.mark.slow
+def test_benchmark_of_two_encoder_decoders(tmp_path):
+    dense = save_t5("t5-gated-gelu-untied", tmp_path / "dense", d_ff=2048)
+    pruned = save_t5("t5-gated-gelu-untied", tmp_path / "pruned", d_ff=1024)
+    result = benchmark(dense, pruned, WORKLOAD, CPU)
+    removed = 5 * 3 * 32 * 1024
+    assert result["dense"]["parameters"] - result["pruned"]["parameters"] == removed
+    # decoding reads the decoder's three layers only
+    assert result["dense"]["weight_bytes_per_token"] - result["pruned"]["weight_bytes_per_token"] == 4 * removed * 3 / 5
+    assert min(result["dense"]["peak_bytes"], result["pruned"]["peak_bytes"]) > 0

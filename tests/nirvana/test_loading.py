@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from tiny import save_family
+from tiny import save_family, save_t5, t5_configs
+from transformers import T5ForConditionalGeneration
 
 from nirvana.errors import InputError
-from nirvana.loading import load_model
+from nirvana.loading import load_config, load_model
 
 
 def test_loads_in_float32(tmp_path):
@@ -24,4 +25,22 @@ def test_truncated_weights_are_one_line(tmp_path):
     file.write_bytes(file.read_bytes()[:-50])
     with pytest.raises(InputError, match="expected a whole checkpoint") as caught:
         load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", t5_configs())
+def test_an_encoder_decoder_loads_as_one(tmp_path, name):
+    model = load_model(save_t5(name, tmp_path))
+    assert isinstance(model, T5ForConditionalGeneration)
+    assert model.config.is_encoder_decoder
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    # a head of its own stays one
+    assert (model.lm_head.weight is model.shared.weight) == (name == "t5-relu-tied")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model_type": "nobody"}', "{}"])
+def test_an_odd_configuration_is_one_line(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match="expected a whole checkpoint") as caught:
+        load_config(tmp_path)
     assert "\n" not in str(caught.value)

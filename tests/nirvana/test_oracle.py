@@ -93,15 +93,14 @@ def test_pruned_model_on_the_evaluation_ids(stack, keep, tmp_path, expected):
         parameters={"pruning_ratio": 0.4},
     )
     prune(real_model(), plan, tmp_path / "pruned")
-    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
-    assert pruned.num_parameters() == expected["parameters_pruned"]
-    windows = token_ids("evaluation_ids")
-    assert token_perplexity(pruned, windows[:16]) == pytest.approx(172.8, rel=0.01)
-    assert token_perplexity(pruned, windows) == pytest.approx(205.0, rel=0.01)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
+    assert loaded.num_parameters() == expected["parameters_pruned"]
+    pruned, windows = Stack.open(tmp_path / "pruned"), token_ids("evaluation_ids")
+    assert token_perplexity(pruned, windows[:16], windows[:16, 1:]) == pytest.approx(172.8, rel=0.01)
+    assert token_perplexity(pruned, windows, windows[:, 1:]) == pytest.approx(205.0, rel=0.01)
 
 
-def test_dense_model_on_the_evaluation_ids():
-    dense = AutoModelForCausalLM.from_pretrained(real_model()).eval()
+def test_dense_model_on_the_evaluation_ids(stack):
     windows = token_ids("evaluation_ids")
-    assert token_perplexity(dense, windows[:16]) == pytest.approx(50.8, rel=0.01)
-    assert token_perplexity(dense, windows) == pytest.approx(54.7, rel=0.01)
+    assert token_perplexity(stack, windows[:16], windows[:16, 1:]) == pytest.approx(50.8, rel=0.01)
+    assert token_perplexity(stack, windows, windows[:, 1:]) == pytest.approx(54.7, rel=0.01)

@@ -4,13 +4,15 @@ import math
 
 import pytest
 import torch
-from tiny import tiny_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from tiny import all_families, ids_for, logits_of, random_ids, save_family, t5_configs, tiny_tokenizer
+from torch.nn.functional import cross_entropy
 
 from nirvana.errors import InputError
+from nirvana.loading import load_model
 from nirvana.perplexity import token_perplexity, windows_from_documents
+from nirvana.walk import Stack
 
-VOCABULARY = 97
 TEXTS = ["The river divides the nation. " * 40, "The army defends the harbor. " * 40]
 
 
@@ -19,53 +21,63 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
+def test_uniform_logits_give_the_vocabulary_size(tmp_path):
+    model = save_family("llama-untied-biases", tmp_path) / "model.safetensors"
+    weights = load_file(model)
+    save_file(weights | {"lm_head.weight": torch.zeros_like(weights["lm_head.weight"])}, model, {"format": "pt"})
+    ids = random_ids(3, 20)
+    assert token_perplexity(Stack.open(tmp_path), ids, ids[:, 1:]) == pytest.approx(512, rel=1e-6)
 
 
-def _ids(count: int, length: int) -> torch.Tensor:
-    return torch.randint(VOCABULARY, (count, length), generator=torch.Generator().manual_seed(1))
-
-
-def _naive(model, windows: torch.Tensor, first_target: int) -> float:
-    with torch.no_grad():
-        log_probabilities = model(windows).logits.double().log_softmax(-1)
-    picked = log_probabilities[:, :-1].gather(-1, windows[:, 1:, None]).squeeze(-1)
-    return math.exp(-picked[:, first_target - 1 :].mean().item())
-
-
-def test_uniform_logits_give_the_vocabulary_size(model):
-    uniform = LlamaForCausalLM(model.config).eval()
-    torch.nn.init.zeros_(uniform.lm_head.weight)
-    assert token_perplexity(uniform, _ids(3, 20)) == pytest.approx(VOCABULARY, rel=1e-6)
-
-
-@pytest.mark.parametrize("first_target", [1, 2, 7])
 # one window a forward, several, and a last forward that is not full
-@pytest.mark.parametrize("shape", [(2, 600), (5, 128), (7, 200)])
-def test_equals_naive_cross_entropy(model, shape, first_target):
-    windows = _ids(*shape)
-    expected = _naive(model, windows, first_target)
-    assert expected != pytest.approx(VOCABULARY, rel=0.05)
-    assert token_perplexity(model, windows, first_target) == pytest.approx(expected, rel=1e-5)
+@pytest.mark.parametrize(("shape", "first_target"), [((2, 400), 1), ((5, 128), 2), ((7, 300), 7)])
+def test_equals_naive_cross_entropy(shape, first_target, tmp_path):
+    save_family("llama", tmp_path)
+    windows = random_ids(*shape)
+    with torch.no_grad():
+        logits = load_model(tmp_path)(windows).logits[:, first_target - 1 : -1].double()
+    expected = math.exp(cross_entropy(logits.flatten(0, 1), windows[:, first_target:].flatten()))
+    measured = token_perplexity(Stack.open(tmp_path), windows, windows[:, first_target:])
+    assert measured == pytest.approx(expected, rel=1e-5)
 
 
-def test_nan_logits_are_an_error(model):
-    broken = LlamaForCausalLM(model.config).eval()
-    torch.nn.init.constant_(broken.lm_head.weight, math.nan)
+@pytest.mark.parametrize("name", all_families())
+def test_equals_the_model_and_streamed_equals_resident(name, tmp_path):
+    save_family(name, tmp_path)
+    ids = ids_for(name, 3, 12)
+    encoder_decoder = isinstance(ids, tuple)
+    targets = random_ids(3, ids[1].shape[1], seed=5) if encoder_decoder else ids[:, 2:]
+    with torch.no_grad():
+        logits = logits_of(load_model(tmp_path), ids)
+    logits = logits if encoder_decoder else logits[:, 1:-1]
+    expected = math.exp(cross_entropy(logits.flatten(0, 1).double(), targets.flatten()))
+    resident = token_perplexity(Stack.open(tmp_path), ids, targets)
+    assert resident == pytest.approx(expected, rel=1e-4)
+    assert token_perplexity(Stack.open(tmp_path, execution="streamed"), ids, targets) == resident
+
+
+@pytest.mark.parametrize("name", t5_configs())
+def test_targets_of_an_encoder_decoder(name, tmp_path):
+    """transformers shifts and averages by itself; the source matters, the order of pairs does not."""
+    save_family(name, tmp_path)
+    stack, generator = Stack.open(tmp_path), torch.Generator().manual_seed(0)
+    source, labels = (torch.randint(2, 512, (5, size), generator=generator) for size in (21, 9))
+    with torch.no_grad():
+        expected = math.exp(load_model(tmp_path)(input_ids=source, labels=labels).loss.item())
+    shifted = torch.cat([torch.zeros(5, 1, dtype=torch.int64), labels[:, :-1]], dim=1)
+    assert token_perplexity(stack, (source, shifted), labels) == pytest.approx(expected, rel=1e-4)
+    assert token_perplexity(stack, (source.flip(1), shifted), labels) != pytest.approx(expected, rel=1e-4)
+    flipped = token_perplexity(stack, (source.flip(0), shifted.flip(0)), labels.flip(0))
+    assert flipped == pytest.approx(expected, rel=1e-4)
+
+
+def test_nan_logits_are_an_error(tmp_path):
+    model = save_family("llama", tmp_path) / "model.safetensors"
+    weights = load_file(model)
+    weights["model.norm.weight"][3] = math.nan
+    save_file(weights, model, {"format": "pt"})
     with pytest.raises(InputError, match="nan"):
-        token_perplexity(broken, _ids(1, 8))
+        token_perplexity(Stack.open(tmp_path), random_ids(1, 8), random_ids(1, 7))
 
 
 def test_windows_with_bos(tokenizer):

@@ -1,0 +1,113 @@
+"""What every export reads, and what a format is."""
+
+import errno
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nirvana.checkpoint.parity import Parity
+from nirvana.errors import InputError
+from nirvana.plan import PLAN_NAME, Plan
+from nirvana.walk import Stack
+from nirvana.weights import model_digest
+
+
+@dataclass(frozen=True)
+class Source:
+    """A pruned checkpoint with the dense model it was cut from."""
+
+    checkpoint: Path
+    model: Path
+    plan: Plan
+    pruned: Stack
+    dense: Stack
+
+    @classmethod
+    def open(cls, checkpoint: Path, model: Path) -> "Source":
+        """Open both and make sure that they belong together.
+
+        Raises:
+            InputError: If the checkpoint has no plan, either cannot be read, or the plan is of another model.
+        """
+        if not (checkpoint / PLAN_NAME).is_file():
+            raise InputError(
+                f"{checkpoint}: expected a pruned checkpoint with {PLAN_NAME}, found none; "
+                "name the directory that the prune step wrote"
+            )
+        plan = Plan.read(checkpoint / PLAN_NAME)
+        pruned, dense = Stack.open(checkpoint), Stack.open(model)
+        sites = dense.architecture.sites()
+        plan.check_fits(sites, None)
+        kept = {site.name: len(site.keep_indices) for site in plan.sites}
+        found = {site.name: site.units for site in pruned.architecture.sites()}
+        if kept != found:
+            odd = min(name for name, _ in set(kept.items()) ^ set(found.items()))
+            raise InputError(
+                f"{checkpoint}: expected {kept.get(odd)} units at {odd} as its plan says, got {found.get(odd)}; "
+                "plan and weights do not belong together: prune again"
+            )
+        plan.check_fits(sites, model_digest(model))
+        return cls(checkpoint, model, plan, pruned, dense)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What only some formats ask for."""
+
+    saliency: Path | None = None
+    """Unit saliency to allocate with (uniform)."""
+    weight_type: str = "f16"
+    """How matrices are stored (gguf): f16 or q8_0."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a runtime computed from exported files."""
+
+    values: Float[Tensor, "positions vocab"]
+    runtime: str
+    quantity: str = "logits"
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to write a checkpoint."""
+
+    prepare: Callable[[Source, Options], None]
+    """Refuse now what cannot be written."""
+    write: Callable[[Source, Options, Path], Plan]
+    """Fill a new directory; return the plan that describes what is in it."""
+    measure: Callable[[Source, Path, Any, NDArray[np.int64]], Measured]
+    """Run the files afresh on token ids; return what they say at some positions."""
+    positions: Callable[[Source, int], NDArray[np.int64]]
+    """Which positions of a sequence of so many tokens to compare."""
+    relative_tolerance: Callable[[Options], float]
+    """Largest difference that passes, relative to the largest reference value."""
+    finish: Callable[[Path, Parity], None] = lambda directory, parity: None
+    """Note the finding inside the files, where the format has a place for it."""
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """Refuse to start what the disk cannot hold.
+
+    Raises:
+        InputError: If fewer bytes are free.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise InputError(
+            f"{directory.parent}: expected {needed / 1e6:.0f} MB of free disk for the export, got {free / 1e6:.0f} MB; "
+            "free some space or write elsewhere"
+        )
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Tell whether an error means that no more can be written."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

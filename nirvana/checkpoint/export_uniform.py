@@ -1,0 +1,88 @@
+"""`uniform`: the plan's settings allocated again with equal counts in every layer, so that stock classes load it."""
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from nirvana.allocation import allocate
+from nirvana.checkpoint.config import loadable_kv_groups
+from nirvana.checkpoint.export_hf import TOLERANCE, every_position, measure_in_transformers
+from nirvana.checkpoint.export_source import Format, Options, Source
+from nirvana.errors import InputError
+from nirvana.plan import Plan
+from nirvana.surgery import prune
+
+
+def _prepare(source: Source, options: Options) -> None:
+    if options.saliency is None:
+        raise InputError(
+            "uniform: expected the unit saliency that the plan was allocated from, got none; "
+            "give --saliency FILE, e.g. artifacts/unit_saliency/candidate_000.safetensors"
+        )
+
+
+def _write(source: Source, options: Options, directory: Path) -> Plan:
+    plan = _uniform_plan(source, _read_saliency(options.saliency))
+    prune(source.model, plan, directory)
+    if "auto_map" in json.loads((directory / "config.json").read_text(encoding="utf-8")):
+        raise InputError(
+            f"uniform: expected sizes that a stock {source.plan.model_type} configuration accepts, got none at this "
+            "ratio; prune to another ratio"
+        )
+    return plan
+
+
+def _uniform_plan(source: Source, saliency: dict[str, NDArray[np.float32]]) -> Plan:
+    """Allocate again from what the checkpoint's plan says it was asked for."""
+    asked = source.plan.parameters
+    architecture = source.dense.architecture
+    try:
+        ratio, gamma, round_to = float(asked["pruning_ratio"]), float(asked["gamma"]), int(asked["round_to"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"uniform: expected a plan with the parameters pruning_ratio, gamma and round_to, got one without "
+            f"({error!r:.60}); make the plan with the allocate step"
+        ) from error
+    keep = allocate(
+        architecture.sites(),
+        saliency,
+        pruning_ratio=ratio,
+        gamma=gamma,
+        round_to=round_to,
+        rule="exact",
+        scope="uniform",
+        loadable_kv_groups=functools.partial(loadable_kv_groups, architecture),
+    )
+    return Plan.build(
+        architecture.sites(),
+        keep,
+        model_digest=source.plan.model_digest,
+        model_type=source.plan.model_type,
+        calibration_digest=source.plan.calibration_digest,
+        parameters=dict(asked) | {"rule": "exact", "scope": "uniform"},
+    )
+
+
+def _read_saliency(file: Path | None) -> dict[str, NDArray[np.float32]]:
+    assert file is not None
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(
+            f"{file}: expected unit saliency as safetensors, got none that can be read "
+            f"({' '.join(str(error).split())[:80]}); name a file of artifacts/unit_saliency/"
+        ) from error
+
+
+FORMAT = Format(
+    prepare=_prepare,
+    write=_write,
+    measure=measure_in_transformers,
+    positions=every_position,
+    relative_tolerance=lambda options: TOLERANCE,
+)
