@@ -17,15 +17,18 @@ RESULTS = Path("reports/bench")
 
 @dataclass(frozen=True)
 class Measurement:
-    """One line of a benchmark; `limit` is what it must not exceed, if anything."""
+    """One line of a benchmark; `limit` is what it must not exceed, `least` what it must reach, if anything."""
 
     name: str
     value: float
     unit: str
     limit: float | None = None
+    least: float | None = None
 
     def as_dict(self) -> dict[str, object]:
-        holds = None if self.limit is None else self.value <= self.limit
+        bounds = [self.value <= self.limit] if self.limit is not None else []
+        bounds += [self.value >= self.least] if self.least is not None else []
+        holds = all(bounds) if bounds else None
         return asdict(self) | {"holds": holds}
 
 
@@ -40,6 +43,8 @@ def write(name: str, measurements: list[Measurement]) -> bool:
         holds = measurement.as_dict()["holds"]
         shown = "" if holds is None else "yes" if holds else "NO"
         limit = "" if measurement.limit is None else f"{measurement.limit:g}"
+        if measurement.least is not None:
+            limit = f"{measurement.least:g} to {limit}" if limit else f"at least {measurement.least:g}"
         table.add_row(measurement.name, f"{measurement.value:.4g} {measurement.unit}", limit, shown)
     Console().print(table)
     return all(measurement.as_dict()["holds"] is not False for measurement in measurements)

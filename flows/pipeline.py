@@ -6,6 +6,7 @@ results of another experiment as current.
 
 import logging
 import os
+import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -25,6 +26,7 @@ from flows.step import StepFailedError, bring_up_to_date
 from flows.summary import StepResult, print_summary
 from nirvana.errors import InputError
 from tasks.child import DRIVER_PID
+from tasks.estimates import shown_file
 from tasks.params import load_params
 from tasks.process import ERROR_PREFIX, log_file
 from tasks.record import is_recorded, record_failure
@@ -86,6 +88,8 @@ def _bring_all_up_to_date(names: list[str], wait_minutes: int, logger: Any) -> S
     start = time.monotonic()
     results = []
     for number, name in enumerate(names, 1):
+        if name == "collect_gradients":
+            _show_estimate()
         logger.info("[%d/%d] %s", number, len(names), name)
         step_start = time.monotonic()
         state = bring_step_up_to_date(name, wait_minutes, return_state=True)
@@ -95,6 +99,14 @@ def _bring_all_up_to_date(names: list[str], wait_minutes: int, logger: Any) -> S
     print_summary(results, time.monotonic() - start)
     ran = sum(result.state != CACHED for result in results)
     return Completed(message=f"{ran} of {len(results)} steps ran" if ran else "nothing changed")
+
+
+def _show_estimate() -> None:
+    """Say what is coming, where model or settings are new; in a process of its own, for it imports torch."""
+    file = shown_file(load_params())
+    if file is not None and not file.exists():
+        done = subprocess.run([sys.executable, "-m", "tasks.estimates"], capture_output=True, text=True, check=False)
+        sys.stderr.write(done.stdout if done.returncode == 0 else f"no estimate: {done.stderr.strip()[-300:]}\n")
 
 
 def _names(until: str | None) -> list[str]:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
-from safetensors.numpy import load_file
 
 from nirvana.architectures.registry import architecture_for, read_config
 from nirvana.files import atomic_file, read_json
 from nirvana.plan import Plan
 from nirvana.weights import model_digest
+from tasks.token_files import read_ids
 from tasks.unit_saliency import allocate_as_asked, candidate_files, read_unit_saliency
 
 if TYPE_CHECKING:
@@ -40,23 +40,32 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
             "scope": allocation.scope,
         },
     )
-    rows = [
+    with atomic_file(outputs["allocation"]) as temporary:
+        _by_layer(plan).to_csv(temporary, index=False)
+    plan.write(outputs["plan"])
+
+
+def _by_layer(plan: Plan) -> pd.DataFrame:
+    """Return a row a layer and module: experts, or self- and cross-attention, are added up."""
+    sites = pd.DataFrame(
         {
             "layer": site.layer,
             "module": site.module,
             "units": site.units,
             "kept": len(site.keep_indices),
-            "kept_share": len(site.keep_indices) / site.units,
             "weights": site.units * site.weights_per_unit,
             "kept_weights": len(site.keep_indices) * site.weights_per_unit,
         }
         for site in plan.sites
-    ]
-    with atomic_file(outputs["allocation"]) as temporary:
-        pd.DataFrame(rows).to_csv(temporary, index=False)
-    plan.write(outputs["plan"])
+    )
+    table = sites.groupby(["layer", "module"], as_index=False, sort=False).sum()
+    table.insert(4, "kept_share", table["kept"] / table["units"])
+    return table
 
 
 def _calibration_digest(candidates: Path, selected: int) -> str:
-    ids = load_file(candidates)["input_ids"][selected]
-    return "sha256:" + hashlib.sha256(f"{ids.dtype}{ids.shape}".encode() + ids.tobytes()).hexdigest()
+    digest = hashlib.sha256()
+    for pool in read_ids(candidates):
+        ids = pool[selected].numpy()
+        digest.update(f"{ids.dtype}{ids.shape}".encode() + ids.tobytes())
+    return f"sha256:{digest.hexdigest()}"

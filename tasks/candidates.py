@@ -8,72 +8,58 @@ be deleted at any time and never decides what is right. DVC remains the only mem
 import hashlib
 import json
 import logging
-import multiprocessing
-import os
-import platform
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from tqdm import tqdm
 
-from nirvana.errors import InputError
-from tasks.child import die_with_parent, fix_torch
+from nirvana.files import atomic_file
+from tasks import runners
+from tasks.environment_digest import code_digest, library_versions, machine
+from tasks.jobs import Job, Worker
+
+if TYPE_CHECKING:
+    from tasks.params import Runtime
 
 CACHE = Path(".cache/candidates")
-_LIBRARIES = ("torch", "transformers", "numpy", "safetensors")
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Job:
-    """One candidate's work, small enough to be sent to another process: paths and numbers, never tensors."""
-
-    index: int
-    result: Path
-    """Where the worker leaves the value; appears whole or not at all."""
-    arguments: Mapping[str, Any]
-
-
-Progress = Callable[[float], None]
-Worker = Callable[[Job, Progress], None]
-
-
 def candidate_key(kind: str, **depends_on: Any) -> str:
     """Digest what a candidate's value depends on; code and library versions are added here."""
-    from importlib.metadata import version
-
     stated = {
         "kind": kind,
-        "code": _code_digest(),
-        "libraries": {name: version(name) for name in _LIBRARIES},
-        "machine": platform.machine(),
+        "code": code_digest(),
+        "libraries": library_versions(),
+        "machine": machine(),
         **depends_on,
     }
     return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
 
 
-def _code_digest() -> str:
-    import nirvana
-
-    digest = hashlib.sha256()
-    for root in (Path(nirvana.__file__).parent, Path(__file__).parent):
-        for file in sorted(root.rglob("*.py")):
-            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
-
-
 def run_jobs(
-    worker: Worker, jobs: Sequence[Job], is_valid: Callable[[Job], bool], workers: int, description: str
+    worker: Worker,
+    jobs: Sequence[Job],
+    is_valid: Callable[[Job], bool],
+    runtime: "Runtime",
+    device: torch.device,
+    description: str,
 ) -> None:
-    """Make every job's result exist: reuse what is valid, compute the rest, here or in `workers` processes.
+    """Make every job's result exist: reuse what is valid, compute the rest.
+
+    Args:
+        worker: A function of a module: other processes import it by name.
+        jobs: One a candidate.
+        is_valid: Whether a job's result is whole.
+        runtime: Who computes.
+        device: What `runtime.device` stands for here.
+        description: What the progress bar says.
 
     Raises:
-        InputError: What a worker raised, or that a worker was killed (finished candidates stay cached).
+        InputError: What a worker raised, or that workers were killed (finished candidates stay cached).
     """
     todo = [job for job in jobs if not is_valid(job)]
     if len(todo) < len(jobs):
@@ -85,42 +71,13 @@ def run_jobs(
         unit="candidate",
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} candidates [{elapsed}<{remaining}]",
     ) as bar:
-        if workers == 1 or len(todo) <= 1:
-            for job in todo:
-                worker(job, bar.update)
-        else:
-            _run_in_processes(worker, todo, workers, bar)
+        if todo:
+            runners.run(worker, todo, runtime, device, _store, bar.update)
 
 
-def _run_in_processes(worker: Worker, todo: Sequence[Job], workers: int, bar: Any) -> None:
-    import torch
-
-    # spawn: forking a process whose torch has threads deadlocks
-    context = multiprocessing.get_context("spawn")
-    setup = (os.getpid(), torch.get_num_threads())
-    with ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, setup) as pool:
-        futures = [pool.submit(worker, job, _no_progress) for job in todo]
-        try:
-            for future in as_completed(futures):
-                future.result()
-                bar.update(1)
-        except BrokenProcessPool as error:
-            raise InputError(
-                "a worker process was killed, most likely for memory; what it had finished is kept: "
-                "lower runtime.workers or saliency.microbatch and run again"
-            ) from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _no_progress(share: float) -> None:
-    """Workers in other processes report a candidate when it is done."""
-
-
-def _start_worker(parent: int, threads: int) -> None:
-    die_with_parent(parent)
-    fix_torch(threads)
+def _store(job: Job, value: bytes) -> None:
+    with atomic_file(job.result) as temporary:
+        temporary.write_bytes(value)
 
 
 def forget(jobs: Sequence[Job]) -> None:

@@ -29,8 +29,27 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def fix_torch(threads: int) -> None:
-    """Make torch use `threads` threads an operation and deterministic algorithms."""
+    """Make torch use `threads` threads an operation, deterministic algorithms and float32 throughout.
+
+    Call before the first CUDA matrix product: cuBLAS reads its setting then.
+    """
+    # fixed workspaces; without them torch refuses matrix products under deterministic algorithms
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
     torch.set_num_threads(threads)
+    # index_add_, index_copy_ and attention's backward add in any order on CUDA otherwise
     torch.use_deterministic_algorithms(True)
+    # no TF32, which keeps 10 of 23 bits; an environment variable may have allowed it
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
+
+
+def use_device(device: str) -> None:
+    """Make a numbered GPU the one that `cuda` means in this process, so that nothing lands on the first by default."""
+    import torch
+
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)

@@ -4,6 +4,9 @@ An item is a passage of whole sentences without its final word. That word also o
 reader of the passage can guess it; it is a plain lower-case content word. The model is right when greedy decoding
 gives exactly that word (lm-eval's `loglikelihood` accuracy); there is no list of choices, so chance is about zero.
 
+A model that was trained to fill blanks is asked to fill one: the passage ends with the blank's token, and the answer
+begins with it.
+
 Source: Paperno et al. 2016, "The LAMBADA dataset" (arXiv 1606.06031).
 """
 
@@ -72,7 +75,7 @@ def cloze_items(documents: Sequence[Document], count: int) -> list[dict[str, str
     return [{"context": context, "target": target} for context, target in items[:count]]
 
 
-def write_cloze_task(documents: Sequence[Document], count: int, directory: Path) -> Path:
+def write_cloze_task(documents: Sequence[Document], count: int, directory: Path, blank: str | None = None) -> Path:
     """Write the items and the lm-eval task `cloze` into a directory.
 
     `TaskManager(include_path=directory, include_defaults=False)` finds the task; the data's cache stays in the
@@ -82,6 +85,7 @@ def write_cloze_task(documents: Sequence[Document], count: int, directory: Path)
         documents: Held-out documents.
         count: Number of items.
         directory: Made if need be.
+        blank: Token that stands for what is missing, if the model knows one.
 
     Returns:
         The task's YAML file.
@@ -90,6 +94,8 @@ def write_cloze_task(documents: Sequence[Document], count: int, directory: Path)
         InputError: If the documents do not hold that many items.
     """
     items = cloze_items(documents, count)
+    if blank is not None:
+        items = [{"context": f"{item['context']} {blank}", "target": f"{blank}{item['target']}"} for item in items]
     directory = directory.absolute()
     directory.mkdir(parents=True, exist_ok=True)
     data_file, task_file = directory / "cloze.jsonl", directory / "cloze.yaml"

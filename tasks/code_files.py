@@ -2,7 +2,8 @@
 
 An import counts wherever it stands, at the top or inside a function, unless it serves type checking only. Not code
 of any step: the `__init__.py` of `nirvana` and of `tasks`, which hold no logic. A string literal that names a file
-beside the module, or in its `templates/` directory, is a dependency too: templates, and sources copied as text.
+beside the module, or in its `templates/` directory, is a dependency too: templates, and sources copied as text. So
+is every module of a package that an f-string goes on from ("nirvana.architectures.{name}"): they are found by name.
 """
 
 import ast
@@ -45,6 +46,8 @@ def _direct(file: Path, root: Path) -> Iterator[Path]:
                 yield from _module_files(alias.name, root)
         elif isinstance(node, ast.ImportFrom):
             yield from _from_import(node, file, root)
+        elif isinstance(node, ast.JoinedStr):
+            yield from _named_modules(node, root)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield from _named_files(node.value, file, root)
 
@@ -88,6 +91,14 @@ def _module_files(name: str, root: Path, exact: bool = False) -> Iterator[Path]:
     for parent in list(path.parents)[:-1]:
         if (root / parent / "__init__.py").is_file():
             yield parent / "__init__.py"
+
+
+def _named_modules(text: ast.JoinedStr, root: Path) -> Iterator[Path]:
+    start = text.values[0]
+    name = start.value if isinstance(start, ast.Constant) and isinstance(start.value, str) else ""
+    package = Path(*name.removesuffix(".").split("."))
+    if name.endswith(".") and package.parts[:1] in {(each,) for each in _PACKAGES}:
+        yield from sorted(file.relative_to(root) for file in (root / package).glob("*.py"))
 
 
 def _named_files(text: str, file: Path, root: Path) -> Iterator[Path]:

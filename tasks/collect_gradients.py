@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 
 from nirvana.device import resolve_device
-from nirvana.files import atomic_directory, atomic_file
+from nirvana.files import atomic_directory
 from nirvana.saliency import channel_key, channel_saliency
-from nirvana.walk import Stack
+from nirvana.walk import Execution, Stack
 from nirvana.weights import model_digest
-from tasks.candidates import CACHE, Job, Progress, candidate_key, forget, run_jobs
+from tasks.candidates import CACHE, candidate_key, forget, run_jobs
+from tasks.jobs import Job, Progress
+from tasks.token_files import read_ids
+from tasks.way_of_computing import chosen_way
 
 if TYPE_CHECKING:
     from tasks.params import Params
@@ -25,27 +28,29 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
     """Write `candidate_NNN.safetensors` for each candidate: one vector a weight slot, the objective as metadata."""
     device = resolve_device(params.runtime.device)
     expected = _expected_sizes(inputs["model"])
-    candidates = load_file(inputs["candidates"])["input_ids"]
+    candidates = read_ids(inputs["candidates"])
     digest = model_digest(inputs["model"])
+    execution, memory = chosen_way(params, inputs["model"], candidates, device)
     jobs = []
-    for index, ids in enumerate(candidates):
+    for index in range(len(candidates[0])):
         key = candidate_key(
             "channel_saliency",
             model=digest,
-            ids=ids.tolist(),
+            ids=[part[index].tolist() for part in candidates],
             method=params.saliency.method,
             microbatch=params.saliency.microbatch,
             threads=params.compute.threads,
             device=device.type,
         )
+        files = {name: inputs[name] for name in ("model", "candidates")}
         arguments = {
-            "model": str(inputs["model"]),
-            "candidates": str(inputs["candidates"]),
+            "digest": digest,
             "microbatch": params.saliency.microbatch,
-            "device": str(device),
+            "execution": execution,
+            "memory": memory,
         }
-        jobs.append(Job(index, CACHE / f"{key}.safetensors", arguments))
-    run_jobs(_collect, jobs, lambda job: _is_valid(job.result, expected), params.runtime.workers, "collect gradients")
+        jobs.append(Job(index, CACHE / f"{key}.safetensors", files, arguments))
+    run_jobs(_collect, jobs, lambda job: _is_valid(job.result, expected), params.runtime, device, "collect gradients")
     with atomic_directory(outputs["channel_saliency"]) as directory:
         for job in jobs:
             shutil.copyfile(job.result, directory / f"candidate_{job.index:03d}.safetensors")
@@ -53,18 +58,19 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
 
 
 @functools.lru_cache(maxsize=1)
-def _open(model: str, device: str) -> Stack:
-    return Stack.open(model, device)
+def _open(model: Path, digest: str, device: str, execution: Execution) -> Stack:
+    """Open a model once a process; `digest`, for a worker that outlives the model at that path."""
+    return Stack.open(model, device, execution)
 
 
-def _collect(job: Job, progress: Progress) -> None:
-    stack = _open(job.arguments["model"], job.arguments["device"])
-    ids = load_file(job.arguments["candidates"])["input_ids"][job.index]
+def _collect(job: Job, device: str, progress: Progress) -> bytes:
+    given = job.arguments
+    stack = _open(job.files["model"], given["digest"], device, given["execution"])
+    ids = tuple(part[job.index] for part in read_ids(job.files["candidates"]))
     share = 1 / (2 * stack.num_layers)
-    result = channel_saliency(stack, ids, job.arguments["microbatch"], on_layer=lambda layer: progress(share))
-    with atomic_file(job.result) as temporary:
-        # safetensors writes keys in a stable order: same values, same bytes
-        save_file(dict(sorted(result.sums.items())), temporary, {"objective": repr(result.objective)})
+    result = channel_saliency(stack, ids, given["microbatch"], lambda layer: progress(share), given["memory"])
+    # safetensors writes keys in a stable order: same values, same bytes
+    return save(dict(sorted(result.sums.items())), {"objective": repr(result.objective)})
 
 
 def _expected_sizes(model: Path) -> dict[str, int]:

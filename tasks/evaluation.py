@@ -8,17 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nirvana.device import resolve_device
 from nirvana.errors import InputError
 from nirvana.files import write_json
-from nirvana.loading import load_model
-from nirvana.perplexity import token_perplexity, windows_from_documents
+from nirvana.loading import load_config, load_model
+from nirvana.walk import Stack
 from tasks.cloze import TASK_NAME as CLOZE
 from tasks.cloze import write_cloze_task
 from tasks.documents import Document, read_documents
 from tasks.lm_eval_json import deterministic, headline_metrics
+from tasks.perplexity_text import perplexity_text
+from tasks.span_corruption import SPANS
+from tasks.way_of_computing import chosen_way
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -54,26 +58,31 @@ def evaluate_checkpoint(
     device = resolve_device(params.runtime.device)
     documents = read_documents(evaluation / "documents.jsonl")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
-    add_bos = tokenizer.bos_token_id is not None
-    windows = windows_from_documents(
-        tokenizer, (document.text for document in documents), asked.window, asked.perplexity_tokens, add_bos
-    )
+    config = load_config(checkpoint)
+    judged = perplexity_text(tokenizer, config, documents, asked.window, asked.perplexity_tokens)
+    execution, _ = chosen_way(params, checkpoint, [torch.empty(1, asked.window)], device)
+    # where there are sentinels, a blank is what the model was trained to fill
+    blank = "<extra_id_0>" if judged.kind == SPANS else None
     # everything that can be wrong with the input is found before the model is loaded
     with tempfile.TemporaryDirectory(prefix="nirvana-evaluation-") as folder:
-        tasks, manager = _load_tasks(expand(asked.tasks), documents, asked.cloze_items, Path(folder))
-        model = load_model(checkpoint, device)
-        perplexity = token_perplexity(model, windows)
+        tasks, manager = _load_tasks(expand(asked.tasks), documents, asked.cloze_items, blank, Path(folder))
+        perplexity = judged.perplexity(Stack.open(checkpoint, device, execution))
         _LOG.info("token perplexity %.2f", perplexity)
-        raw = _run_lm_eval(model, tokenizer, tasks, manager, asked.batch_size, asked.limit)
+        # without tasks, a model that does not fit into memory can be judged too
+        raw: dict[str, Any] = {"results": {}, "config": {}, "samples": {}, "n-samples": {}}
+        if tasks:
+            model = load_model(checkpoint, device)
+            raw = _run_lm_eval(model, tokenizer, tasks, manager, asked.batch_size, asked.limit)
         raw = deterministic(raw, folder)
     write_json(raw_file, raw)
     write_json(
         summary_file,
         {
             "token_perplexity": perplexity,
-            "token_perplexity_tokens": windows.shape[0] * (windows.shape[1] - 1),
+            "token_perplexity_tokens": judged.predictions,
             "token_perplexity_window": asked.window,
-            "bos": add_bos,
+            "token_perplexity_kind": judged.kind,
+            "bos": judged.bos,
             "tasks": headline_metrics(raw),
         },
     )
@@ -86,7 +95,7 @@ def expand(names: Sequence[str]) -> list[str]:
 
 
 def _load_tasks(
-    names: Sequence[str], documents: Sequence[Document], cloze_items: int, folder: Path
+    names: Sequence[str], documents: Sequence[Document], cloze_items: int, blank: str | None, folder: Path
 ) -> tuple[list[Any], "TaskManager"]:
     """Return lm-eval's task and group objects, their data read, and the index that knows them.
 
@@ -95,9 +104,11 @@ def _load_tasks(
     """
     from lm_eval.tasks import TaskManager
 
+    if not names:
+        return [], TaskManager(include_defaults=False)
     others = [name for name in names if name != CLOZE]
     if CLOZE in names:
-        write_cloze_task(documents, cloze_items, folder)
+        write_cloze_task(documents, cloze_items, folder, blank)
     if others:
         _LOG.info("reading the index of lm-eval's own tasks")
     manager = TaskManager(include_path=str(folder), include_defaults=bool(others))
@@ -171,6 +182,7 @@ def _run_lm_eval(
     language_model = ContinuationLM(
         pretrained=model,
         tokenizer=tokenizer,
+        backend="seq2seq" if model.config.is_encoder_decoder else "causal",  # it does not know the pruned ones' names
         batch_size=batch_size,
         device=str(model.device),
         max_length=min(context, _LONGEST_CONTEXT),

@@ -14,7 +14,8 @@ class ContinuationLM(HFLM):
     """HFLM whose model calls keep the last positions only.
 
     HFLM looks for a continuation from the end of what the model returns (`_loglikelihood_tokens`: `ctx_len`), so that
-    leading positions may be missing.
+    leading positions may be missing. An encoder-decoder's decoder reads the continuation only: there is nothing to
+    leave out.
     """
 
     _longest_continuation = 0
@@ -24,6 +25,8 @@ class ContinuationLM(HFLM):
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.backend == "seq2seq":
+            return super()._model_call(inps, *args, **kwargs)
         # HFLM pads on the right with zeros. A real last token of id 0 counts as padding too: one position too many.
         longest_padding = int(inps.flip(-1).eq(0).cumprod(-1).sum(-1).max())
         keep = min(inps.shape[-1], longest_padding + self._longest_continuation)

@@ -79,9 +79,9 @@ def check_safetensors(path: Path) -> None:
         try:
             header: dict[str, Any] = json.loads(file.read(length))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            expected = 8 + length + max(ends, default=0)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
             raise InputError(f"{path}: expected a safetensors header, got something else; {remedy}") from None
-    expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise InputError(f"{path}: expected {expected} bytes as its header says, got {size}; {remedy}")
 
@@ -125,21 +125,15 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        contents = read_json(index)
-        names = contents.get("weight_map") if isinstance(contents, dict) else None
-        if not isinstance(names, dict) or not names:
-            raise InputError(f"{index}: expected a weight_map that names the weight files; fetch the model again")
-        files = [directory / name for name in sorted(set(names.values()))]
-    else:
-        files = [directory / "model.safetensors"]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
+    from nirvana.weights import weight_files  # imports torch
+
+    try:
+        return weight_files(directory)
+    except InputError as error:
         pickled = sorted(file.name for file in directory.iterdir() if file.suffix in {".bin", ".pt", ".pth"})
-        found = f"; found {pickled[0]}: {PICKLE_REMEDY}" if pickled else "; fetch the model again, or check its path"
-        raise InputError(f"{directory}: expected the weight file {missing[0]}, it is not there{found}")
-    return files
+        if not pickled:
+            raise
+        raise InputError(f"{error}; found {pickled[0]}: {PICKLE_REMEDY}") from error
 
 
 def _check_vocabulary(directory: Path, trust_remote_code: bool) -> None:

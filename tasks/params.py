@@ -63,10 +63,18 @@ Ratio = Annotated[float, Field(strict=True, ge=0, lt=1, allow_inf_nan=False, des
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False, description="a finite number above 0")]
 Window = Annotated[int, Field(strict=True, ge=2, description="a whole number of 2 or more tokens")]
 Flag = Annotated[bool, Field(strict=True, description="true or false")]
+Address = Annotated[
+    str,
+    Field(
+        strict=True,
+        pattern=r"^(tcp|tls)://(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}$",
+        description="the address of a Dask scheduler such as tcp://HOST:8786, or null",
+    ),
+]
 Names = Annotated[
     tuple[Text, ...],
     BeforeValidator(_to_tuple),
-    Field(min_length=1, description="a list of one or more lm-eval task names"),
+    Field(description="a list of lm-eval task names"),
 ]
 
 
@@ -175,7 +183,25 @@ class Runtime:
     """What may not change a result."""
 
     device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="auto, cpu or cuda")]
+    execution: Annotated[Literal["auto", "resident", "streamed"], Field(description="auto, resident or streamed")]
+    memory: Annotated[Literal["auto", "fast", "lean"], Field(description="auto, fast or lean")]
+    runner: Annotated[Literal["processes", "dask"], Field(description="processes or dask")]
     workers: Count
+    scheduler: Address | None
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> "Runtime":
+        if self.execution == "streamed" and self.memory == "fast":
+            raise ValueError(
+                "expected memory auto or lean with execution streamed, got fast, which needs every layer's weights at "
+                "once; change memory to lean or execution to auto"
+            )
+        if self.scheduler and self.runner != "dask":
+            raise ValueError(
+                f"expected runner dask with a scheduler, got {self.runner}, which stays on this machine; "
+                "change runner to dask or scheduler to null"
+            )
+        return self
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from nirvana.anonymous_memory import PeakAnonymous
 from tasks.child import DRIVER_PID
 
 RECORDS = Path(".cache/steps")
@@ -59,8 +60,10 @@ def recorded(step: str) -> Iterator[None]:
     _write_record(step, record | {"outcome": "running"})
     start = time.monotonic()
     outcome = "failed"
+    memory = PeakAnonymous()
     try:
-        yield
+        with memory:
+            yield
         outcome = "completed"
     finally:
         peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -69,6 +72,7 @@ def recorded(step: str) -> Iterator[None]:
             "outcome": outcome,
             "seconds": round(time.monotonic() - start, 3),
             "peak_rss_bytes": max(peaks) * unit,
+            "peak_anonymous_bytes": memory.peak_bytes,
         }
         _write_record(step, record)
 

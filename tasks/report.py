@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from nirvana.allocation import module_rates
 from nirvana.files import atomic_file, read_json
 from tasks.plots import COSTS, PALETTE, by_module, figures, is_share, read_rows, title_of, written
 
@@ -141,22 +142,13 @@ def requested_rates(
     """
     if set(groups) != {"attention", "mlp"}:
         return {}
-    weights = {module: sum(int(row["weights"]) for row in rows) for module, rows in groups.items()}
     least = {"attention": 1, "mlp": parameters["round_to"]}
-    caps = {
-        module: sum(int(r["weights"]) * max(0, 1 - least[module] / int(r["units"])) for r in rows) / weights[module]
-        for module, rows in groups.items()
-    }
-    target = parameters["pruning_ratio"] * sum(weights.values())
-    attention = target / (weights["attention"] + parameters["gamma"] * weights["mlp"])
-    mlp = parameters["gamma"] * attention
-    if parameters["rule"] != "published" and attention > caps["attention"]:
-        attention = caps["attention"]
-        mlp = (target - attention * weights["attention"]) / weights["mlp"]
-    elif parameters["rule"] != "published" and mlp > caps["mlp"]:
-        mlp = caps["mlp"]
-        attention = (target - mlp * weights["mlp"]) / weights["attention"]
-    return {"attention": attention, "mlp": mlp}
+    weights, removable = (
+        {module: sum(int(row["weights"]) * share(module, row) for row in rows) for module, rows in groups.items()}
+        for share in (lambda module, row: 1, lambda module, row: max(0, 1 - least[module] / int(row["units"])))
+    )
+    caps = None if parameters["rule"] == "published" else removable
+    return module_rates(weights, caps, parameters["pruning_ratio"], parameters["gamma"])
 
 
 def task_rows(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> list[dict[str, Any]]:

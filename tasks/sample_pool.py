@@ -5,6 +5,9 @@ of the pool never changes what is judged, and adding a document moves no other.
 
 Calibration documents are put in an order by hash and seed; each candidate takes the next few of them. A larger pool
 therefore begins with the same candidates, as long as one sequence a document is enough to fill it.
+
+For an encoder-decoder each sequence of text then becomes a source and a target (tasks/span_corruption.py); the lengths
+in params.yaml are those of the text.
 """
 
 from __future__ import annotations
@@ -21,10 +24,12 @@ import numpy as np
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from nirvana.architectures.registry import read_config
 from nirvana.errors import InputError
 from nirvana.files import atomic_directory, atomic_file
 from tasks.documents import Document, read_documents, write_documents
 from tasks.model_directory import load_tokenizer, vocabulary_size
+from tasks.span_corruption import PairMaker
 
 if TYPE_CHECKING:
     from tasks.params import Params
@@ -43,6 +48,7 @@ def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path])
         InputError: If the corpus is too small for the pool, or the tokenizer does not fit the model.
     """
     calibration = params.calibration
+    pool_order, heldout_order = f"calibration {calibration.seed}", "heldout"
     splits = split_documents(read_documents(inputs["corpus"] / "documents.jsonl"))
     encoder = Encoder.of_model(inputs["model"], calibration.add_bos)
     pool = draw(
@@ -51,7 +57,7 @@ def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path])
         batches=calibration.pool_size,
         sequences=calibration.sequences,
         length=calibration.sequence_length,
-        order=f"calibration {calibration.seed}",
+        order=pool_order,
         names=("calibration.pool_size", "calibration.sequences", "calibration.sequence_length"),
     )
     # not by the seed: pools of different seeds are compared by the same measure
@@ -61,7 +67,7 @@ def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path])
         batches=1,
         sequences=calibration.heldout_sequences,
         length=calibration.heldout_length,
-        order="heldout",
+        order=heldout_order,
         names=("one held-out batch", "calibration.heldout_sequences", "calibration.heldout_length"),
     )
     if not splits["evaluation"]:
@@ -69,8 +75,12 @@ def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path])
             f"corpus: expected documents to evaluate on, none of its {sum(map(len, splits.values()))} fell into the "
             "evaluation split (20 % by hash); use a corpus of more documents"
         )
-    _save(pool, pool.input_ids, outputs["candidates"])
-    _save(heldout, heldout.input_ids[0], outputs["heldout"])
+    config = read_config(inputs["model"])
+    pairs = PairMaker.of_model(encoder.tokenizer, config) if config.is_encoder_decoder else None
+    candidates = _tensors(pool.input_ids, pairs, pool_order)
+    heldout_batch = _tensors(heldout.input_ids[0], pairs, heldout_order)
+    _save(pool, candidates, outputs["candidates"])
+    _save(heldout, heldout_batch, outputs["heldout"])
     with atomic_directory(outputs["evaluation"]) as directory:
         write_documents(directory / "documents.jsonl", splits["evaluation"])
     _LOG.info("pool of %s tokens from %d documents", pool.input_ids.shape, sum(map(len, pool.documents)))
@@ -226,9 +236,19 @@ def _hash(*parts: str) -> int:
     return int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8], "big")
 
 
-def _save(pool: Pool, input_ids: np.ndarray, path: Path) -> None:
+def _tensors(text: np.ndarray, pairs: PairMaker | None, order: str) -> dict[str, np.ndarray]:
+    """Return what the model reads for text `[..., length]`: the text itself, or sources and targets of it."""
+    if pairs is None:
+        return {"input_ids": text}
+    made = pairs(text.reshape(-1, text.shape[-1]), order)
+    ids = {"input_ids": made.input_ids, "decoder_input_ids": made.decoder_input_ids}
+    return {name: rows.reshape(*text.shape[:-1], -1) for name, rows in ids.items()}
+
+
+def _save(pool: Pool, tensors: Mapping[str, np.ndarray], path: Path) -> None:
     # one metadata key only: safetensors writes several in random order
     metadata = {"documents": json.dumps(pool.documents, ensure_ascii=False)}
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     with atomic_file(path) as temporary:
-        save_file({"input_ids": np.ascontiguousarray(input_ids)}, temporary, metadata=metadata)
+        save_file(contiguous, temporary, metadata=metadata)
         temporary.chmod(0o644)

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Int
-from safetensors.torch import load_file
 from torch import Tensor
 
 from nirvana.device import resolve_device
@@ -18,10 +16,13 @@ from nirvana.divergence import dense_hidden_states, kl_divergence
 from nirvana.errors import InputError
 from nirvana.files import atomic_file, sha256_file, write_json
 from nirvana.plan import from_ranges, to_ranges
-from nirvana.walk import Hidden, Stack
+from nirvana.walk import Execution, Hidden, Stack
 from nirvana.weights import model_digest
-from tasks.candidates import CACHE, Job, Progress, candidate_key, forget, run_jobs
+from tasks.candidates import CACHE, candidate_key, forget, run_jobs
+from tasks.jobs import Job, Progress
+from tasks.token_files import read_ids
 from tasks.unit_saliency import allocate_as_asked, candidate_files, read_unit_saliency
+from tasks.way_of_computing import chosen_way
 
 if TYPE_CHECKING:
     from tasks.params import Params
@@ -32,6 +33,7 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
     device = resolve_device(params.runtime.device)
     architecture = Stack.open(inputs["model"]).architecture
     digest, heldout = model_digest(inputs["model"]), sha256_file(inputs["heldout"])
+    execution, _ = chosen_way(params, inputs["model"], read_ids(inputs["heldout"]), device)
     jobs = []
     for index, file in enumerate(candidate_files(inputs["unit_saliency"])):
         # allocated here, before any forward: a ratio that cannot be reached is an error at once
@@ -45,37 +47,37 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
             threads=params.compute.threads,
             device=device.type,
         )
-        arguments = {
-            "model": str(inputs["model"]),
-            "heldout": str(inputs["heldout"]),
-            "keep": ranges,
-            "device": str(device),
-        }
-        jobs.append(Job(index, CACHE / f"{key}.json", arguments))
-    run_jobs(_score, jobs, lambda job: _read(job.result) is not None, params.runtime.workers, "score pool")
+        files = {name: inputs[name] for name in ("model", "heldout")}
+        arguments = {"digests": (digest, heldout), "keep": ranges, "execution": execution}
+        jobs.append(Job(index, CACHE / f"{key}.json", files, arguments))
+    run_jobs(_score, jobs, lambda job: _read(job.result) is not None, params.runtime, device, "score pool")
     scores = [_read(job.result) for job in jobs]
     _write(np.array(scores, dtype=np.float64), outputs)
     forget(jobs)
 
 
 @functools.lru_cache(maxsize=1)
-def _open(model: str, heldout: str, device: str) -> tuple[Stack, Int[Tensor, "sequences tokens"], Hidden]:
-    stack = Stack.open(model, device)
-    ids = load_file(heldout)["input_ids"]
+def _open(
+    model: Path, heldout: Path, digests: tuple[str, str], device: str, execution: Execution
+) -> tuple[Stack, tuple[Tensor, ...], Hidden]:
+    """Open both once a process; `digests`, for a worker that outlives the files at these paths."""
+    stack = Stack.open(model, device, execution)
+    ids = read_ids(heldout)
     return stack, ids, dense_hidden_states(stack, ids)
 
 
-def _score(job: Job, progress: Progress) -> None:
-    stack, ids, dense = _open(job.arguments["model"], job.arguments["heldout"], job.arguments["device"])
+def _score(job: Job, device: str, progress: Progress) -> bytes:
+    given = job.arguments
+    stack, ids, dense = _open(job.files["model"], job.files["heldout"], given["digests"], device, given["execution"])
     sites = {site.name: site for site in stack.architecture.sites()}
-    keep = {name: from_ranges(text, sites[name].units) for name, text in job.arguments["keep"].items()}
+    keep = {name: from_ranges(text, sites[name].units) for name, text in given["keep"].items()}
     value = kl_divergence(stack, keep, ids, dense)
     if not math.isfinite(value):
         raise InputError(
             f"candidate {job.index}: expected a finite KL, got {value}; the model's weights or activations overflow"
         )
-    write_json(job.result, {"kl_divergence": value})
     progress(1)
+    return json.dumps({"kl_divergence": value}).encode()
 
 
 def _read(path: Path) -> float | None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from nirvana.allocation import Keep, allocate
-from nirvana.architectures.decoder import DecoderArchitecture
+from nirvana.architectures.architecture import Architecture
 from nirvana.checkpoint.config import loadable_kv_groups
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def read_unit_saliency(file: Path) -> dict[str, NDArray[np.float32]]:
 
 
 def allocate_as_asked(
-    architecture: DecoderArchitecture, saliency: dict[str, NDArray[np.float32]], allocation: "Allocation"
+    architecture: Architecture, saliency: dict[str, NDArray[np.float32]], allocation: "Allocation"
 ) -> Keep:
     """Return the kept units for the `allocation` section of params.yaml."""
     return allocate(

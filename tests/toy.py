@@ -117,7 +117,11 @@ _STUBS = {
     "nirvana/__init__.py": "",
     "nirvana/checkpoint/modeling_nirvana.py": "# a stub\n",
     # the checkout is first on the path: steps that ask for torch get this one at once
-    "torch.py": "def set_num_threads(n): pass\ndef use_deterministic_algorithms(on): pass\n",
+    "torch.py": (
+        "from types import SimpleNamespace\n"
+        "backends = SimpleNamespace(cudnn=SimpleNamespace())\n"
+        "set_num_threads = use_deterministic_algorithms = set_float32_matmul_precision = lambda value: None\n"
+    ),
     "tasks/plots.py": "def figures(inputs):\n    return {'toy': '<svg xmlns=\"http://www.w3.org/2000/svg\"/>'}\n",
     "tasks/toy.py": _TOY,
 }

@@ -96,6 +96,15 @@ def test_files_are_repeatable(documents, tmp_path):
     assert rows == cloze_items(documents, 7)
 
 
+def test_a_blank_stands_where_the_word_is_missing(documents, tmp_path):
+    plain = cloze_items(documents, 3)
+    write_cloze_task(documents, 3, tmp_path, blank="<extra_id_0>")
+    rows = [json.loads(line) for line in (tmp_path / "cloze.jsonl").read_text().splitlines()]
+    assert rows == [
+        {"context": item["context"] + " <extra_id_0>", "target": "<extra_id_0>" + item["target"]} for item in plain
+    ]
+
+
 def test_lm_eval_finds_and_scores_the_task(documents, tmp_path, monkeypatch):
     """A quote and a dollar sign in the path must survive the template."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

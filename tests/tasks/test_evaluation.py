@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import tiny_corpus, tiny_llama
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny import tiny_corpus, tiny_llama, tiny_t5
+from transformers import AutoTokenizer
 
 from nirvana.errors import InputError
 from nirvana.perplexity import token_perplexity, windows_from_documents
+from nirvana.walk import Stack
 from tasks import evaluate, evaluate_dense, evaluation
 from tasks.documents import Document, write_documents
 from tasks.lm_eval_json import deterministic, headline_metrics
@@ -41,7 +42,8 @@ def _params(**changes: object) -> SimpleNamespace:
         "limit": None,
         "batch_size": 4,
     }
-    return SimpleNamespace(evaluation=SimpleNamespace(**asked | changes), runtime=SimpleNamespace(device="cpu"))
+    runtime = SimpleNamespace(device="cpu", execution="auto", memory="auto", workers=1, scheduler=None)
+    return SimpleNamespace(evaluation=SimpleNamespace(**asked | changes), runtime=runtime)
 
 
 def _evaluate(model: Path, documents: Path, folder: Path, **changes: object) -> tuple[Path, Path]:
@@ -57,7 +59,15 @@ def results(model, documents, tmp_path_factory) -> tuple[Path, Path]:
 
 def test_summary(results):
     summary = json.loads(results[0].read_text())
-    assert set(summary) == {"token_perplexity", "token_perplexity_tokens", "token_perplexity_window", "bos", "tasks"}
+    assert set(summary) == {
+        "token_perplexity",
+        "token_perplexity_tokens",
+        "token_perplexity_window",
+        "token_perplexity_kind",
+        "bos",
+        "tasks",
+    }
+    assert summary["token_perplexity_kind"] == "next_token"
     assert (summary["token_perplexity_tokens"], summary["token_perplexity_window"]) == (310, 32)
     assert summary["bos"] is True
     cloze = summary["tasks"]["cloze"]
@@ -68,9 +78,9 @@ def test_summary(results):
 
 def test_perplexity_is_that_of_the_documents(results, model, documents):
     texts = [json.loads(line)["text"] for line in (documents / "documents.jsonl").read_text().splitlines()]
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     windows = windows_from_documents(AutoTokenizer.from_pretrained(model), texts, 32, 320)
-    assert json.loads(results[0].read_text())["token_perplexity"] == token_perplexity(loaded, windows)
+    expected = token_perplexity(Stack.open(model), windows, windows[:, 1:])
+    assert json.loads(results[0].read_text())["token_perplexity"] == expected
 
 
 def test_raw_results_are_kept_without_what_changes(results, tmp_path):
@@ -96,6 +106,14 @@ def test_limit_shortens_every_task(model, documents, tmp_path):
     assert json.loads(summary.read_text())["tasks"]["cloze"]["items"] == 3
 
 
+def test_without_tasks_there_is_perplexity_alone(results, model, documents, tmp_path):
+    """Streamed it needs no room for the model, which lm-eval does."""
+    summary_file, raw_file = _evaluate(model, documents, tmp_path, tasks=[])
+    summary = json.loads(summary_file.read_text())
+    assert summary == json.loads(results[0].read_text()) | {"tasks": {}}
+    assert json.loads(raw_file.read_text())["samples"] == {}
+
+
 def test_a_tokenizer_without_bos_is_said(documents, tmp_path):
     model = tiny_llama(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -103,6 +121,47 @@ def test_a_tokenizer_without_bos_is_said(documents, tmp_path):
     tokenizer.save_pretrained(model)
     summary, _ = _evaluate(model, documents, tmp_path)
     assert json.loads(summary.read_text())["bos"] is False
+
+
+@pytest.mark.parametrize(
+    ("name", "sentinels", "kind", "tokens"),
+    # 5 of 32 tokens leave, in 2 spans: with 2 sentinels and EOS 8 tokens a target; or halves of 16 and EOS
+    [
+        ("t5-relu-tied", 100, "span_corruption", 80),
+        ("t5-gated-gelu-untied", 100, "span_corruption", 80),
+        ("t5-relu-tied", 0, "halves", 170),
+    ],
+)
+def test_an_encoder_decoder(documents, tmp_path, name, sentinels, kind, tokens):
+    model = tiny_t5(tmp_path / "model", name, sentinels=sentinels)
+    summary_file, raw_file = _evaluate(model, documents, tmp_path)
+    summary, raw = json.loads(summary_file.read_text()), json.loads(raw_file.read_text())
+    assert (summary["token_perplexity_kind"], summary["token_perplexity_tokens"]) == (kind, tokens)
+    assert summary["bos"] is False
+    assert 50 < summary["token_perplexity"] < 50_000
+    assert summary["tasks"]["cloze"]["items"] == len(raw["samples"]["cloze"]) == ITEMS
+    again, _ = _evaluate(model, documents, tmp_path / "again")
+    assert again.read_bytes() == summary_file.read_bytes()
+
+
+def test_the_last_word_of_an_encoder_decoder_is_a_blank(documents, tmp_path):
+    """Its score is the log-likelihood of sentinel and word, computed here from the logits."""
+    model_directory = tiny_t5(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model_directory)
+    model = evaluation.load_model(model_directory)
+    read = evaluation.read_documents(documents / "documents.jsonl")
+    tasks, manager = evaluation._load_tasks(["cloze"], read, ITEMS, "<extra_id_0>", tmp_path / "tasks")
+    raw = evaluation._run_lm_eval(model, tokenizer, tasks, manager, 4, None)
+    for sample in raw["samples"]["cloze"]:
+        context, target = sample["arguments"][0]
+        assert context.endswith(" <extra_id_0>") and target.startswith("<extra_id_0> ")
+        source = tokenizer(context, return_tensors="pt").input_ids
+        labels = tokenizer(target, add_special_tokens=False, return_tensors="pt").input_ids
+        assert source[0, -1] == tokenizer.eos_token_id
+        with torch.no_grad():
+            logs = model(input_ids=source, labels=labels).logits[0].log_softmax(-1)
+        expected = logs.gather(1, labels[0][:, None]).sum().item()
+        assert sample["filtered_resps"][0][0] == pytest.approx(expected, rel=1e-4)
 
 
 class _LoadedError(AssertionError):

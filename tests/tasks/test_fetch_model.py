@@ -87,7 +87,7 @@ def test_other_families_are_refused_before_anything_is_copied(model, tmp_path, m
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
     monkeypatch.setattr("shutil.copyfile", lambda *names: pytest.fail("the weights were copied"))
-    with pytest.raises(InputError, match=f"llama, mistral, qwen2, qwen3.*{model_type}|{model_type}.*llama, mistral"):
+    with pytest.raises(InputError, match=f"llama, mistral.*{model_type}|{model_type}.*llama, mistral"):
         fetch(f"path:{model}", tmp_path / "out")
 
 
@@ -104,7 +104,7 @@ def test_gguf_of_another_family_is_refused_before_its_weights_are_read(tmp_path,
         writer.write_tensors_to_file()
         writer.close()
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("weights were read"))
-        with pytest.raises(InputError, match="llama, mistral, qwen2, qwen3"):
+        with pytest.raises(InputError, match=r"llama, mistral, .*qwen2, qwen3"):
             fetch(f"path:{tmp_path}/{name}.gguf", tmp_path / "out")
 
 

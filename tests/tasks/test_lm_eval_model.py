@@ -3,8 +3,8 @@
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
-from tiny import tiny_llama
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny import tiny_llama, tiny_t5
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from tasks.lm_eval_model import ContinuationLM
 
@@ -53,3 +53,24 @@ def test_fewer_logits_are_computed(pair, monkeypatch):
     monkeypatch.setattr(ours.model, "forward", spy)
     ours._loglikelihood_tokens([(None, list(range(2, 22)), [5, 6])], disable_tqdm=True)
     assert positions == [2]
+
+
+def test_an_encoder_decoder_is_scored_as_its_logits_say(tmp_path):
+    folder = tiny_t5(tmp_path / "model")
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ours = ContinuationLM(
+        pretrained=model, tokenizer=tokenizer, backend="seq2seq", batch_size=3, device="cpu", max_length=24
+    )
+    generator = torch.Generator().manual_seed(0)
+    lengths = [(3, 1), (9, 4), (20, 2), (7, 7)]
+    requests = [
+        tuple(torch.randint(2, 512, (count,), generator=generator).tolist() for count in pair) for pair in lengths
+    ]
+    answers = ours._loglikelihood_tokens([(None, *request) for request in requests], disable_tqdm=True)
+    for (source, target), (value, greedy) in zip(requests, answers, strict=True):
+        with torch.no_grad():
+            logs = model(input_ids=torch.tensor([source]), labels=torch.tensor([target])).logits[0].log_softmax(-1)
+        expected = logs.gather(1, torch.tensor(target)[:, None]).sum().item()
+        assert value == pytest.approx(expected, rel=1e-5)
+        assert greedy == (logs.argmax(-1).tolist() == target)

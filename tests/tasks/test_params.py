@@ -81,11 +81,18 @@ def test_parameters_are_frozen() -> None:
             100,
             "evaluation: expected perplexity_tokens of one window (512) or more, got 100",
         ),
-        ("evaluation.tasks", "cloze", "evaluation.tasks: expected a list of one or more lm-eval task names"),
-        ("evaluation.tasks", [], "evaluation.tasks: expected a list of one or more lm-eval task names, got []"),
+        ("evaluation.tasks", "cloze", "evaluation.tasks: expected a list of lm-eval task names"),
         ("evaluation.limit", 0, "evaluation.limit: expected a whole number of 1 or more, or null, got 0"),
         ("runtime.workers", 0, "runtime.workers: expected a whole number of 1 or more, got 0"),
         ("runtime.device", "gpu", "runtime.device: expected auto, cpu or cuda, got 'gpu'"),
+        ("runtime.execution", "fast", "runtime.execution: expected auto, resident or streamed, got 'fast'"),
+        ("runtime.memory", "streamed", "runtime.memory: expected auto, fast or lean, got 'streamed'"),
+        ("runtime.runner", "ray", "runtime.runner: expected processes or dask, got 'ray'"),
+        ("runtime.scheduler", 8786, "runtime.scheduler: expected the address of a Dask scheduler such as tcp://HOST"),
+        ("runtime.scheduler", "10.0.0.5:8786", "such as tcp://HOST:8786, or null, got '10.0.0.5:8786'"),
+        ("runtime.scheduler", "tcp://10.0.0.5", "such as tcp://HOST:8786, or null, got 'tcp://10.0.0.5'"),
+        ("runtime.scheduler", "tcp://a:1\n", "such as tcp://HOST:8786, or null, got 'tcp://a:1"),
+        ("runtime.scheduler", "", "such as tcp://HOST:8786, or null, got ''"),
         (
             "model.source",
             "hf:org/name",
@@ -121,6 +128,21 @@ def test_uniform_scope_needs_the_exact_rule() -> None:
     assert parse_params(values).allocation.scope == "uniform"
     values["allocation"]["rule"] = "published"
     assert "allocation: expected rule exact with scope uniform, got published" in message(values)
+
+
+def test_fast_memory_needs_resident_weights() -> None:
+    values = changed("runtime.memory", "fast")
+    assert parse_params(values).runtime.memory == "fast"
+    values["runtime"]["execution"] = "streamed"
+    assert "runtime: expected memory auto or lean with execution streamed, got fast" in message(values)
+
+
+@pytest.mark.parametrize("address", ["tcp://10.0.0.5:8786", "tls://scheduler.example.org:1", "tcp://[::1]:8786"])
+def test_a_scheduler_needs_the_dask_runner(address: str) -> None:
+    values = changed("runtime.scheduler", address)
+    assert "runtime: expected runner dask with a scheduler, got processes" in message(values)
+    values["runtime"]["runner"] = "dask"
+    assert parse_params(values).runtime.scheduler == address
 
 
 def test_a_mistyped_key_suggests_the_nearest() -> None:

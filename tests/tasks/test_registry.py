@@ -102,6 +102,18 @@ def write(root: Path, **files: str) -> None:
         file.write_text(text, encoding="utf-8")
 
 
+def test_code_files_follow_modules_found_by_name(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        tasks__step="import importlib\nf = lambda name: importlib.import_module(f'nirvana.families.{name}')\n",
+        nirvana__families__one="import nirvana.leaf\n",
+        nirvana__families__two="",
+        nirvana__leaf="",
+    )
+    found = code_files("tasks/step.py", tmp_path)
+    assert found == ["nirvana/families/one.py", "nirvana/families/two.py", "nirvana/leaf.py", "tasks/step.py"]
+
+
 def test_code_files_follow_imports_wherever_they_stand(tmp_path: Path) -> None:
     write(
         tmp_path,

@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from safetensors import safe_open
-from tiny import tiny_corpus, tiny_llama
+from safetensors.numpy import load_file, save
+from tiny import tiny_corpus, tiny_llama, tiny_t5
 
 from nirvana.errors import InputError
 from tasks.documents import Document, read_documents, write_documents
 from tasks.sample_pool import Encoder, draw, run, split_documents
+from tasks.span_corruption import HALVES, SPANS, PairMaker
 
 NAMES = ("calibration.pool_size", "calibration.sequences", "calibration.sequence_length")
 
@@ -218,3 +220,60 @@ def test_step_needs_a_bos_token_to_add(model, corpus, tmp_path):
     tokenizer.save_pretrained(other)
     with pytest.raises(InputError, match="add_bos: expected a tokenizer with a BOS"):
         sample(other, corpus, tmp_path / "out", add_bos=True)
+
+
+def test_a_decoder_only_model_reads_the_text_itself(model, corpus, tmp_path):
+    """Byte for byte: a pool that other files have named by its digest must stay the same."""
+    outputs = sample(model, corpus, tmp_path)
+    documents = split_documents(read_documents(corpus / "documents.jsonl"))["calibration"]
+    settings = {"batches": 3, "sequences": 4, "length": 16, "order": "calibration 0", "names": NAMES}
+    pool = draw(documents, Encoder.of_model(model, False), **settings)
+    metadata = {"documents": json.dumps(pool.documents, ensure_ascii=False)}
+    assert outputs["candidates"].read_bytes() == save({"input_ids": pool.input_ids}, metadata)
+
+
+@pytest.mark.parametrize(("sentinels", "kind"), [(100, SPANS), (0, HALVES)])
+def test_an_encoder_decoder_reads_sources_and_targets(sentinels, kind, corpus, tmp_path):
+    model = tiny_t5(tmp_path / "model", sentinels=sentinels)
+    first = sample(model, corpus, tmp_path / "a", sequence_length=40)
+    # 6 of 40 tokens leave in 2 spans; 5 of 32 in 2
+    shapes = {
+        SPANS: [((3, 4, 37), (3, 4, 9)), ((2, 30), (2, 8))],
+        HALVES: [((3, 4, 21), (3, 4, 21)), ((2, 17), (2, 17))],
+    }
+    for name, (source, target) in zip(("candidates", "heldout"), shapes[kind], strict=True):
+        tensors = load_file(first[name])
+        assert {key: tensor.shape for key, tensor in tensors.items()} == {
+            "input_ids": source,
+            "decoder_input_ids": target,
+        }
+        assert (tensors["input_ids"][..., -1] == 1).all()
+        assert (tensors["decoder_input_ids"][..., 0] == 0).all()
+    again = sample(model, corpus, tmp_path / "b", sequence_length=40)
+    seeded = sample(model, corpus, tmp_path / "c", sequence_length=40, seed=1)
+    fewer = sample(model, corpus, tmp_path / "d", sequence_length=40, pool_size=2)
+    assert digest(first["candidates"]) == digest(again["candidates"]) != digest(seeded["candidates"])
+    assert digest(first["heldout"]) == digest(seeded["heldout"])
+    for name, tensor in load_file(fewer["candidates"]).items():
+        assert (load_file(first["candidates"])[name][:2] == tensor).all()
+
+
+def test_pairs_are_made_of_the_text_that_was_drawn(corpus, tmp_path):
+    model = tiny_t5(tmp_path / "model")
+    outputs = sample(model, corpus, tmp_path / "out", sequence_length=40)
+    documents = split_documents(read_documents(corpus / "documents.jsonl"))["calibration"]
+    encoder = Encoder.of_model(model, False)
+    settings = {"batches": 3, "sequences": 4, "length": 40, "order": "calibration 0", "names": NAMES}
+    text = draw(documents, encoder, **settings).input_ids
+    sentinels = tuple(encoder.tokenizer.convert_tokens_to_ids([f"<extra_id_{number}>" for number in range(100)]))
+    pairs = PairMaker(sentinels, eos=1, start=0)(text[2], "calibration 0")
+    tensors = load_file(outputs["candidates"])
+    assert (tensors["input_ids"][2] == pairs.input_ids).all()
+    assert (tensors["decoder_input_ids"][2] == pairs.decoder_input_ids).all()
+
+
+def test_an_encoder_decoder_with_too_few_sentinels_leaves_nothing(corpus, tmp_path):
+    model = tiny_t5(tmp_path / "model", sentinels=2)
+    with pytest.raises(InputError, match="2 sentinel tokens"):
+        sample(model, corpus, tmp_path / "out", heldout_length=100)
+    assert not (tmp_path / "out").exists()

@@ -243,11 +243,20 @@ def small_vocabulary(model: Path) -> None:
 
 
 def lose_shard(model: Path) -> None:
-    index = {"metadata": {}, "weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    index = {"metadata": {}, "weight_map": shards}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def shard_elsewhere(model: Path) -> None:
+    lose_shard(model)
+    index = {"weight_map": {"a": "../model-00001-of-00002.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def empty_index(model: Path) -> None:
+    (model / "model.safetensors").unlink()
     (model / "model.safetensors.index.json").write_text("{}")
 
 
@@ -268,6 +277,7 @@ def empty_index(model: Path) -> None:
         (small_vocabulary, "tokenizer has [0-9]+ tokens, the model's vocab_size is 300"),
         (lose_shard, "expected the weight file model-00002-of-00002.safetensors"),
         (empty_index, "expected a weight_map"),
+        (shard_elsewhere, "expected file names beside it"),
     ],
 )
 def test_damaged_model_is_named(damage, reason, model):
@@ -275,6 +285,13 @@ def test_damaged_model_is_named(damage, reason, model):
     with pytest.raises(InputError, match=reason) as caught:
         check_model_directory(model)
     assert "\n" not in str(caught.value)
+
+
+def test_a_whole_file_goes_before_an_index(model):
+    """As transformers reads them."""
+    lose_shard(model)
+    (model / "model-00001-of-00002.safetensors").rename(model / "model.safetensors")
+    check_model_directory(model)
 
 
 def test_safetensors_of_the_library_passes(tmp_path):

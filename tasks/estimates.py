@@ -1,0 +1,86 @@
+"""`python -m tasks.estimates`: what the steps of params.yaml will take of this machine, as a table.
+
+The flow shows it before the first step that walks the model, once for each model and setting.
+"""
+
+import hashlib
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nirvana.errors import InputError
+from tasks.params import load_params
+
+if TYPE_CHECKING:
+    from nirvana.estimate import Workload
+    from tasks.params import Params
+
+MODEL = Path("data/model")
+_SECTIONS = ("calibration", "saliency", "allocation", "evaluation", "benchmark", "runtime")
+
+
+def shown_file(params: "Params") -> Path | None:
+    """Return where the table of this model and these settings is kept; None before the model is there."""
+    config = MODEL / "config.json"
+    if not config.is_file():
+        return None
+    asked = {name: asdict(getattr(params, name)) for name in _SECTIONS}
+    key = hashlib.sha256(config.read_bytes() + json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    return Path(".cache/estimates") / f"{key[:32]}.txt"
+
+
+def workload(params: "Params") -> "Workload":
+    """Return what params.yaml asks of the steps."""
+    from nirvana.estimate import Workload
+
+    return Workload(
+        pool_size=params.calibration.pool_size,
+        sequences=params.calibration.sequences,
+        sequence_length=params.calibration.sequence_length,
+        microbatch=params.saliency.microbatch,
+        heldout_sequences=params.calibration.heldout_sequences,
+        heldout_length=params.calibration.heldout_length,
+        pruning_ratio=params.allocation.pruning_ratio,
+        perplexity_tokens=params.evaluation.perplexity_tokens,
+        window=params.evaluation.window,
+        batch_size=params.evaluation.batch_size,
+        lm_eval=bool(params.evaluation.tasks),
+        prompt_length=params.benchmark.prompt_length,
+        workers=params.runtime.workers if params.runtime.scheduler is None else 1,
+    )
+
+
+def main() -> None:
+    """Print the table and keep it."""
+    from io import StringIO
+
+    from rich.console import Console
+
+    from nirvana.device import resolve_device
+    from nirvana.estimate import choose, device_bytes, estimate
+    from nirvana.estimate_table import estimate_table
+    from nirvana.files import atomic_file
+
+    params = load_params()
+    file = shown_file(params)
+    if file is None:
+        raise InputError(f"expected a model in {MODEL}, found none; run `dvc repro fetch_model` first")
+    device, work = resolve_device(params.runtime.device), workload(params)
+    execution, memory = choose(MODEL, work, device, params.runtime.execution, params.runtime.memory)
+    free = device_bytes(device)
+    text = StringIO()
+    console = Console(file=text, width=100)
+    console.print(estimate_table(estimate(MODEL, work, device), free, "What the steps will take"))
+    console.print(f"{free / 1e9:.1f} GB free here; weights {execution}, memory {memory}", highlight=False)
+    with atomic_file(file) as temporary:
+        temporary.write_text(text.getvalue(), encoding="utf-8")
+    sys.stdout.write(text.getvalue())
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,69 @@
+"""Who computes the candidates: this process, processes beside it, or Dask workers. The values do not depend on it."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from tasks.jobs import Finish, Job, Progress, Worker
+
+if TYPE_CHECKING:
+    from tasks.params import Runtime
+
+
+def run(
+    worker: Worker,
+    jobs: Sequence[Job],
+    runtime: "Runtime",
+    device: torch.device,
+    finish: Finish,
+    progress: Progress,
+) -> None:
+    """Compute every job's value and pass it to `finish`.
+
+    Args:
+        worker: A function of a module: other processes import it by name.
+        runtime: Says who computes.
+        device: What `runtime.device` stands for here.
+        finish: Called in this process, in the order in which values arrive.
+        progress: Called with shares of jobs as they are done.
+
+    Raises:
+        InputError: What a worker raised, that a worker was killed twice at one job, or that Dask workers cannot be
+            reached or are not like this process.
+    """
+
+    def finish_whole(job: Job, value: bytes) -> None:
+        finish(job, value)
+        progress(1)
+
+    threads = torch.get_num_threads()
+    if runtime.runner == "dask":
+        from tasks.dask_pool import run_in_dask  # takes a second to import
+
+        run_in_dask(worker, jobs, runtime.workers, runtime.scheduler, device, threads, finish_whole)
+    elif runtime.workers == 1 or len(jobs) == 1:
+        for job in jobs:
+            finish(job, worker(job, str(device), progress))
+    else:
+        from tasks.process_pool import run_in_processes
+
+        devices = slot_devices(device, runtime.workers, _gpu_count(device))
+        run_in_processes(worker, jobs, devices, threads, finish_whole)
+
+
+def slot_devices(device: torch.device, slots: int, gpus: int) -> list[str]:
+    """Spread the slots of one machine over its GPUs: slot i computes on GPU i modulo their count.
+
+    Args:
+        device: Resolved device; one that names its GPU, or a CPU, serves all slots.
+        slots: Workers of the machine.
+        gpus: GPUs that they see.
+    """
+    if device.type != "cuda" or device.index is not None or gpus < 2:
+        return [str(device)] * slots
+    return [f"cuda:{slot % gpus}" for slot in range(slots)]
+
+
+def _gpu_count(device: torch.device) -> int:
+    return torch.cuda.device_count() if device.type == "cuda" else 0
