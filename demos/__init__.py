@@ -1,0 +1,1 @@
+"""Demonstrations that make for themselves what no package carries."""
