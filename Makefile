@@ -10,7 +10,7 @@ READY := .venv/.ready
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := run
-.PHONY: run test lint ui bench demo-t5 clean setup
+.PHONY: run test lint ui bench bench-8b bench-1b demo-t5 clean setup
 
 run: $(READY)  ## set up, run the main job, print where everything is
 	@$(BIN)/python -m flows.pipeline
@@ -31,6 +31,12 @@ bench: $(READY)  ## our numbers against their limits, into reports/bench/
 
 demo-t5: $(READY)  ## train a small T5 in minutes, prune it, show what it cost; in .cache/demo-t5
 	@$(BIN)/python -m demos.t5
+
+bench-8b: $(READY)  ## an 8B shape with random weights, streamed through every step; 30 GB of disk while it runs
+	@$(BIN)/python -m benchmarks.large 8b
+
+bench-1b: $(READY)  ## the same with a 1.2B shape, a few minutes
+	@$(BIN)/python -m benchmarks.large 1.2b
 
 setup: $(READY)  ## only the environment
 

@@ -5,11 +5,16 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks import divergence, saliency, surgery
+from benchmarks import divergence, growth, saliency, surgery
 from benchmarks.common import model_directory, write
 from nirvana.errors import InputError
 
-_BENCHMARKS = {"saliency": saliency.measure, "divergence": divergence.measure, "surgery": surgery.measure}
+_BENCHMARKS = {
+    "saliency": saliency.measure,
+    "divergence": divergence.measure,
+    "surgery": surgery.measure,
+    "growth": growth.measure,
+}
 
 
 def main(

@@ -19,12 +19,10 @@ from torch import Tensor
 from nirvana.architectures.architecture import Streams
 from nirvana.errors import InputError
 from nirvana.slicing import Slicer
-from nirvana.walk import Hidden, Ids, Stack, as_streams, microbatches, part_of, walk_forward
+from nirvana.walk import FORWARD_TOKENS, Hidden, Ids, Stack, as_streams, microbatches, part_of, walk_forward
 
 VOCAB_CHUNK = 4096
 """Head rows at a time."""
-TOKENS = 1024
-"""Tokens of a forward through a layer."""
 POSITION_CHUNK = 128
 """Positions at a time: two blocks of 128 × 4096 logits take 4 MB and stay in cache."""
 
@@ -45,9 +43,9 @@ def dense_hidden_states(stack: Stack, ids: Ids, on_layer: Callable[[int], None] 
 
 
 def _embedded(stack: Stack, ids: Ids) -> list[Streams]:
-    """Return what enters layer 0, in microbatches of about `TOKENS` tokens: activations stay small at any length."""
+    """Return what enters layer 0, in microbatches of about `FORWARD_TOKENS` tokens: small at any length."""
     sequences, length = as_streams(ids)[0].shape
-    return [stack.embed(part_of(ids, rows)) for rows in microbatches(sequences, max(1, TOKENS // length))]
+    return [stack.embed(part_of(ids, rows)) for rows in microbatches(sequences, max(1, FORWARD_TOKENS // length))]
 
 
 @torch.no_grad()

@@ -14,12 +14,10 @@ from typing import Literal
 
 import torch
 
-from nirvana import divergence
 from nirvana.anonymous_memory import available_bytes
-from nirvana.architectures.registry import architecture_for, read_config
+from nirvana.architectures.registry import describe
 from nirvana.errors import InputError
-from nirvana.saliency import Memory
-from nirvana.walk import Execution
+from nirvana.walk import FORWARD_TOKENS, Execution, Memory
 from nirvana.weights import FLOAT_TYPES, WeightFiles
 
 BASE_BYTES = 300_000_000
@@ -86,7 +84,7 @@ class Sizes:
         Raises:
             InputError: If there is no configuration of a supported family.
         """
-        architecture = architecture_for(read_config(model_directory))
+        architecture = describe(model_directory)
         counts = {name: math.prod(shape) for name, shape in architecture.parameter_shapes.items()}
         by_layer = [
             sum(counts.get(name, 0) for name in architecture.layer_parameters(layer))
@@ -158,7 +156,7 @@ def saliency_bytes(sizes: Sizes, work: Workload, execution: Execution, memory: M
 def divergence_bytes(sizes: Sizes, work: Workload, execution: Execution, on_cpu: bool = True) -> int:
     """Return the peak of scoring one plan in one process."""
     tokens = work.heldout_sequences * work.heldout_length
-    at_once = min(tokens, max(divergence.TOKENS, work.heldout_length))
+    at_once = min(tokens, max(FORWARD_TOKENS, work.heldout_length))
     states = 4 * sizes.hidden * (3 * sizes.streams + 1) * tokens
     passing = 4 * (6 * sizes.hidden + 4 * sizes.neurons) * at_once
     copied = execution == "streamed" and not (sizes.stored_bytes == 4 and on_cpu)
@@ -170,7 +168,7 @@ def divergence_bytes(sizes: Sizes, work: Workload, execution: Execution, on_cpu:
 def perplexity_bytes(sizes: Sizes, work: Workload, execution: Execution, on_cpu: bool = True) -> int:
     """Return the peak of token perplexity by a walk."""
     tokens = math.ceil(work.perplexity_tokens / work.window) * work.window
-    at_once = min(tokens, max(divergence.TOKENS, work.window))
+    at_once = min(tokens, max(FORWARD_TOKENS, work.window))
     states = 4 * sizes.hidden * (2 * sizes.streams + 1) * tokens
     passing = 4 * (6 * sizes.hidden + 4 * sizes.neurons) * at_once
     return BASE_BYTES + ARENA_BYTES + _weights_in_memory(sizes, execution, on_cpu) + states + passing
@@ -244,7 +242,7 @@ def estimate(
         peak = workers * divergence_bytes(sizes, work, execution, on_cpu)
         read = again * sizes.stored_bytes * sizes.block_weights
         add("score_pool", execution, "lean", peak, 0, operations, read)
-    tensor = sizes.stored_bytes * sizes.largest_layer_tensor
+    tensor = 2 * sizes.stored_bytes * sizes.largest_layer_tensor  # one is cut while one is written
     add("prune", "streamed", "lean", BASE_BYTES + tensor, pruned_bytes, 0, 2 * sizes.stored_bytes * sizes.weights)
     operations = work.perplexity_tokens * (body + head)
     whole = 4 * sizes.weights + 8 * work.batch_size * work.prompt_length * sizes.vocabulary

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from rich import box
 from rich.table import Table
 
 from nirvana.estimate import FITS, StepEstimate
@@ -15,7 +16,7 @@ def estimate_table(estimates: Sequence[StepEstimate], free_bytes: int, title: st
         free_bytes: What this machine has left.
         title: Printed above it.
     """
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("step", "weights, memory"):
         table.add_column(heading, no_wrap=True)
     for heading in ("peak", "disk", "time"):

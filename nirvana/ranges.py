@@ -16,8 +16,10 @@ _LONGEST_INDEX = 10  # characters with its separator
 def to_ranges(indices: Sequence[int] | NDArray[np.int64]) -> str:
     """Write sorted indices as ranges: `[0, 1, 2, 5]` becomes `"0-2,5"`."""
     values = np.asarray(indices, dtype=np.int64)
-    runs = np.split(values, np.flatnonzero(np.diff(values) != 1) + 1)
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs if len(run))
+    breaks = np.flatnonzero(np.diff(values) != 1)
+    first, last = values[np.append(0, breaks + 1)[: len(values)]], values[np.append(breaks, -1)[: len(values)]]
+    runs = zip(first.tolist(), last.tolist(), strict=True)
+    return ",".join(str(start) if start == end else f"{start}-{end}" for start, end in runs)
 
 
 def from_ranges(text: object, units: int) -> NDArray[np.int64]:

@@ -9,7 +9,6 @@ Source: NIRVANA (arXiv 2509.14230), unit saliency.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -19,9 +18,7 @@ from nirvana.architectures.architecture import Streams
 from nirvana.architectures.site import Site, Slot
 from nirvana.errors import InputError
 from nirvana.objective import objective_and_gradient
-from nirvana.walk import Ids, Stack, as_streams, microbatches, part_of, walk_forward
-
-Memory = Literal["lean", "fast"]
+from nirvana.walk import Ids, Memory, Stack, as_streams, microbatches, part_of, walk_forward
 
 
 @dataclass(frozen=True)

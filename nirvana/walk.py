@@ -19,11 +19,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nirvana.architectures.architecture import Architecture, Parameters, Streams
-from nirvana.architectures.registry import architecture_for, read_config
+from nirvana.architectures.registry import describe
 from nirvana.errors import InputError
 from nirvana.weights import FLOAT_TYPES, WeightFiles, to_compute
 
 Execution = Literal["resident", "streamed"]
+Memory = Literal["lean", "fast"]
+"""Whether a backward walk computes each layer a second time or keeps what autograd saved."""
+FORWARD_TOKENS = 1024
+"""Tokens of a forward through a layer, where no gradient is wanted."""
 TokenIds = Int[Tensor, "batch tokens"]
 Ids = TokenIds | tuple[Int[Tensor, "batch _"], ...]
 """Token ids of a decoder-only model; of an encoder-decoder the encoder's and the decoder's."""
@@ -55,30 +59,18 @@ class Stack:
             InputError: If the family is unknown, the model is quantised, or a file is missing, broken or of another
                 model.
         """
-        config = read_config(model_directory)
-        if getattr(config, "quantization_config", None) is not None:
-            raise InputError(
-                f"{model_directory}: expected weights in float64, float32, float16 or bfloat16, got a quantised model; "
-                "prune the model it was made from, then quantise the result"
-            )
         weights = WeightFiles(model_directory)
-        try:
-            architecture = architecture_for(config)
+
+        def check_depth(architecture: Architecture) -> None:
             last = architecture.layer_prefix(max(0, architecture.num_layers - 1))
             if not weights.under(last):  # before a skeleton of layers that do not exist is built
                 raise InputError(
                     f"{last}*: expected parameters of layer {architecture.num_layers}, the last that config.json has, "
                     "found none; the configuration and the weights do not belong together"
                 )
-            shapes = architecture.parameter_shapes
-            architecture.sites()
-        except InputError:
-            raise
-        except Exception as error:  # whatever transformers makes of odd values: no common class
-            raise InputError(
-                f"{model_directory}/config.json: expected the configuration of a model, got values it cannot be built "
-                f"from ({type(error).__name__}: {str(error)[:120]}); fetch the model again"
-            ) from error
+
+        architecture = describe(model_directory, check_depth)
+        shapes = architecture.parameter_shapes
         stack = cls(architecture, weights, torch.device(device), execution)
         stack._check(shapes)
         return stack

@@ -1,7 +1,8 @@
 """Which source files a step's result depends on: the transitive imports of its module, read from the syntax tree.
 
 An import counts wherever it stands, at the top or inside a function, unless it serves type checking only. Not code
-of any step: the `__init__.py` of `nirvana` and of `tasks`, which hold no logic. A string literal that names a file
+of any step: the `__init__.py` of `nirvana` and of `tasks`, which hold no logic, and the few modules that decide how a
+step computes and never what (tests hold their results equal byte for byte). A string literal that names a file
 beside the module, or in its `templates/` directory, is a dependency too: templates, and sources copied as text. So
 is every module of a package that an f-string goes on from ("nirvana.architectures.{name}"): they are found by name.
 """
@@ -12,6 +13,10 @@ from pathlib import Path
 
 _PACKAGES = ("nirvana", "tasks")
 _NO_LOGIC = {Path("nirvana/__init__.py"), Path("tasks/__init__.py")}
+# How a step computes, never what: weights resident or streamed, activations kept or recomputed.
+HOW_NOT_WHAT = {
+    Path(file) for file in ("nirvana/anonymous_memory.py", "nirvana/estimate.py", "tasks/way_of_computing.py")
+}
 
 
 def code_files(step_module: Path | str, root: Path | str = ".") -> list[str]:
@@ -30,7 +35,7 @@ def code_files(step_module: Path | str, root: Path | str = ".") -> list[str]:
     waiting = [Path(step_module)]
     while waiting:
         file = waiting.pop()
-        if file in found or file in _NO_LOGIC:
+        if file in found or file in _NO_LOGIC | HOW_NOT_WHAT:
             continue
         found.add(file)
         if file.suffix == ".py":

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from nirvana.estimate import Workload, choose
-from nirvana.saliency import Memory
-from nirvana.walk import Execution
+from nirvana.walk import Execution, Memory
 
 if TYPE_CHECKING:
     from tasks.params import Params

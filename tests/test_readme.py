@@ -33,7 +33,11 @@ def test_library_example_then_checkpoint_example(tmp_path):
 
 @pytest.mark.parametrize("link", re.findall(r"\]\((docs/[^)]*)\)", README.read_text(encoding="utf-8")))
 def test_links_lead_somewhere(link):
-    assert (README.parent / link).exists()
+    file, _, anchor = link.partition("#")
+    text = (README.parent / file).read_text(encoding="utf-8") if anchor else ""
+    assert (README.parent / file).exists()
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    assert not anchor or anchor in {re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in headings}
 
 
 def test_make_targets_exist():

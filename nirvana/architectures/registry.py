@@ -1,6 +1,7 @@
 """From a model's configuration to the description of its family."""
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,39 @@ def architecture_for(config: PretrainedConfig) -> Architecture:
             "choose such a model or describe the family in nirvana/architectures/ (docs/adding-a-family.md)"
         )
     return FAMILIES[model_type](config)
+
+
+def describe(
+    model_directory: Path | str, check: Callable[[Architecture], None] = lambda architecture: None
+) -> Architecture:
+    """Return the description of the model in a directory, its sites and shapes worked out; no weights are read.
+
+    Args:
+        model_directory: Holds config.json.
+        check: Called before modules are built from the configuration.
+
+    Raises:
+        InputError: If the configuration is missing, unreadable, of an unknown family, of a quantised model, or has
+            values that no model can be built from.
+    """
+    config = read_config(model_directory)
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(
+            f"{model_directory}: expected weights in float64, float32, float16 or bfloat16, got a quantised model; "
+            "prune the model it was made from, then quantise the result"
+        )
+    try:
+        architecture = architecture_for(config)
+        check(architecture)
+        _ = architecture.parameter_shapes, architecture.sites()
+    except InputError:
+        raise
+    except Exception as error:  # whatever transformers makes of odd values: no common class
+        raise InputError(
+            f"{model_directory}/config.json: expected the configuration of a model, got values it cannot be built "
+            f"from ({type(error).__name__}: {str(error)[:120]}); fetch the model again"
+        ) from error
+    return architecture
 
 
 def read_config(model_directory: Path | str) -> PretrainedConfig:

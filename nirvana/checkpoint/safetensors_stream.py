@@ -2,19 +2,24 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nirvana.weights import FLOAT_TYPES
 
+_SYNC_BYTES = 16_000_000
+
 
 def stream_safetensors(
     path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], read: Callable[[str], Tensor]
 ) -> None:
-    """Write one file; memory is one tensor.
+    """Write one file; memory is two tensors, for the next is made while one is written.
 
     Args:
         path: The file.
@@ -34,8 +39,30 @@ def stream_safetensors(
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
+    # unbuffered: tensors go to the file as they are; synced along the way, so that little is left for the end
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1, thread_name_prefix="sync") as pool:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name in ordered:
+        written: int = 0
+        syncing: Future[Any] = pool.submit(bool)
+        for tensor in _ahead(read, ordered):
             # not numpy's tofile: on a full disk its error does not say which
-            file.write(read(name).contiguous().view(-1).view(torch.uint8).numpy().data)
+            content = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+            while content:  # a raw write may be short
+                content = content[file.write(content) :]
+            written += tensor.nbytes
+            if written >= _SYNC_BYTES and syncing.done():
+                written, syncing = 0, pool.submit(os.fdatasync, file.fileno())
+        syncing.result()
+
+
+def _ahead(read: Callable[[str], Tensor], names: Iterable[str]) -> Iterator[Tensor]:
+    """Yield tensors in order, the next already under way in a thread."""
+    with ThreadPoolExecutor(1, thread_name_prefix="next-tensor") as pool:
+        pending: Future[Tensor] | None = None
+        for name in names:
+            following = pool.submit(read, name)
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()

@@ -51,7 +51,7 @@ def nirvana(
         bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Structured pruning of language models: look at plans, compare them, apply them."""
+    """Structured pruning of language models: what it will take, plans to look at and apply, checkpoints to export."""
 
 
 def main() -> int:

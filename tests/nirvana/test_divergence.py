@@ -38,7 +38,7 @@ def test_microbatches_change_nothing(tmp_path, monkeypatch):
     stack = Stack.open(save_family("mistral-sliding", tmp_path))
     keep, ids = random_keep(stack.architecture.sites()), random_ids(5, 11)
     whole = kl_divergence(stack, keep, ids, dense_hidden_states(stack, ids))
-    monkeypatch.setattr("nirvana.divergence.TOKENS", 25)
+    monkeypatch.setattr("nirvana.divergence.FORWARD_TOKENS", 25)
     assert kl_divergence(stack, keep, ids, dense_hidden_states(stack, ids)) == pytest.approx(whole, rel=1e-5)
 
 
