@@ -16,7 +16,7 @@ run: $(READY)  ## set up, run the main job, print where everything is
 	@$(BIN)/python -m flows.pipeline
 
 test: $(READY)  ## every test, the slow ones included
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)  ## lint, format, types
 	@$(BIN)/ruff check .
