@@ -25,6 +25,7 @@ from flows.leash import die_with_schedule, hold_temporary_server
 from flows.step import StepFailedError, bring_up_to_date
 from flows.summary import StepResult, print_summary
 from nirvana.errors import InputError
+from nirvana.files import atomic_file
 from tasks.child import DRIVER_PID
 from tasks.estimates import shown_file
 from tasks.params import load_params
@@ -104,9 +105,18 @@ def _bring_all_up_to_date(names: list[str], wait_minutes: int, logger: Any) -> S
 def _show_estimate() -> None:
     """Say what is coming, where model or settings are new; in a process of its own, for it imports torch."""
     file = shown_file(load_params())
-    if file is not None and not file.exists():
-        done = subprocess.run([sys.executable, "-m", "tasks.estimates"], capture_output=True, text=True, check=False)
-        sys.stderr.write(done.stdout if done.returncode == 0 else f"no estimate: {done.stderr.strip()[-300:]}\n")
+    if file is None or file.exists():
+        return
+    command = [sys.executable, "-m", "tasks.estimates"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        said = done.stdout if done.returncode == 0 else f"no estimate: {done.stderr.strip()[-300:]}\n"
+    except subprocess.TimeoutExpired:
+        said = "no estimate: it took more than two minutes\n"
+    if not file.exists():  # kept too: a run of which nothing changed pays for no second try
+        with atomic_file(file) as temporary:
+            temporary.write_text(said, encoding="utf-8")
+    sys.stderr.write(said)
 
 
 def _names(until: str | None) -> list[str]:

@@ -41,8 +41,10 @@ def _register_first(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any
 
 def _may_be_pruned(name: str) -> bool:
     """Look before importing every family's classes: most models are not ours."""
-    config = Path(name) / "config.json"
-    return b"nirvana_" in config.read_bytes() if config.is_file() else not Path(name).is_dir()
+    try:
+        return b"nirvana_" in (Path(name) / "config.json").read_bytes()
+    except (OSError, ValueError):  # a name on the hub, a folder of folders
+        return True
 
 
 def _wrap(configuration_auto: Any) -> None:

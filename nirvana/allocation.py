@@ -93,6 +93,7 @@ def _check_saliency(sites: Sequence[Site], saliency: Mapping[str, NDArray[np.flo
 def _aligned(sites: Sequence[Site], saliency: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
     """Give sites that must keep the same indices their common sum, so that they do."""
     groups: dict[str, list[str]] = {}
+    _check_one_size(sites)
     for site in sites:
         groups.setdefault(site.aligned_with or f"{site.name} alone", []).append(site.name)
     sums = {name: np.sum([saliency[each] for each in names], axis=0) for names in groups.values() for name in names}
@@ -314,12 +315,16 @@ def _published(request: _Request) -> Keep:
     return keep
 
 
-def _uniform(request: _Request, loadable_kv_groups: Callable[[int], bool]) -> Keep:
-    groups, layers = request.of("attention"), request.of("mlp")
-    if len({site.units for site in groups}) > 1 or len({site.units for site in layers}) > 1:
+def _check_one_size(sites: Sequence[Site]) -> None:
+    if any(len({site.units for site in sites if site.module == module}) > 1 for module in ("attention", "mlp")):
         raise InputError(
             "scope uniform: expected a model whose layers are all of one size, got layers that differ; use scope global"
         )
+
+
+def _uniform(request: _Request, loadable_kv_groups: Callable[[int], bool]) -> Keep:
+    groups, layers = request.of("attention"), request.of("mlp")
+    _check_one_size(request.sites)
     target = request.pruning_ratio * request.total
     units, size = groups[0].units, layers[0].units
     wanted = units * (1 - request.attention_rate())

@@ -26,7 +26,9 @@ def available_bytes() -> int:
             found.append(int(line.split()[1]) * 1024)
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        found.append(int(text) - int(used.read_text()))
+        statistics = dict(line.split() for line in (limit.parent / "memory.stat").read_text().splitlines())
+        cached = int(statistics.get("inactive_file", 0)) + int(statistics.get("active_file", 0))
+        found.append(int(text) - int(used.read_text()) + cached)
     if not found:
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
     return max(0, min(found))

@@ -22,10 +22,14 @@ from nirvana.weights import FLOAT_TYPES, WeightFiles
 
 BASE_BYTES = 300_000_000
 """A process that has imported torch and transformers and opened a model."""
-HARNESS_BYTES = 450_000_000
+HARNESS_BYTES = 200_000_000
 """What lm-eval and datasets add."""
+HARNESS_TOKENS = 64
+"""Tokens of a usual lm-eval item, whose logits it holds."""
 ARENA_BYTES = 30_000_000
 """What the allocator and the threads of the kernels keep."""
+SCORING_ARENA_BYTES = 230_000_000
+"""The same, where layers of ever other sizes are cut and freed: measured between 60 and 340 MB."""
 FITS = 0.6
 """Share of the available memory that a way of computing may fill to be chosen."""
 SLOWEST = 4.0
@@ -71,6 +75,8 @@ class Sizes:
     """Of the whole model."""
     active_weights: int
     """Of the layers, those that one token meets."""
+    largest_fused: int
+    """Of one layer's experts, which the walk copies into one tensor."""
     neurons: int
     """Widest feed-forward activation of a token."""
     streams: int
@@ -91,9 +97,11 @@ class Sizes:
             for layer in range(architecture.num_layers)
         ]
         in_layers = {name for layer in range(architecture.num_layers) for name in architecture.layer_parameters(layer)}
-        experts = getattr(architecture.config, "num_experts", 0) or 0
-        active = getattr(architecture.config, "num_experts_per_tok", 0) or 0
-        in_experts = sum(count for name, count in counts.items() if ".experts." in name)
+        experts, met = architecture.experts()
+        fused = [
+            sum(counts[name] for name in architecture.fused_parameters(layer))
+            for layer in range(architecture.num_layers)
+        ]
         neurons = max(
             sum(site.units for site in architecture.sites() if site.layer == layer and site.module == "mlp")
             for layer in range(architecture.num_layers)
@@ -107,8 +115,9 @@ class Sizes:
             largest_layer_tensor=max(counts[name] for name in in_layers if name in counts),
             largest_tensor=max(counts.values()),
             weights=sum(counts.values()),
-            active_weights=sum(by_layer) - (in_experts * (experts - active) // experts if experts else 0),
-            neurons=neurons * active // experts if experts else neurons,
+            active_weights=sum(by_layer) - sum(fused) * (experts - met) // experts,
+            neurons=neurons * met // experts,
+            largest_fused=max(fused),
             streams=2 if architecture.is_encoder_decoder else 1,
             stored_bytes=_stored_bytes(Path(model_directory), getattr(architecture.config, "dtype", None)),
         )
@@ -149,8 +158,11 @@ def saliency_bytes(sizes: Sizes, work: Workload, execution: Execution, memory: M
     states = 4 * sizes.hidden * sizes.streams * tokens
     kept = (sizes.layers + 2) * states
     graph = saved * (tokens * sizes.layers if memory == "fast" else at_once)
-    gradients = 4 * (sizes.largest_layer + sizes.largest_layer_tensor)
-    return BASE_BYTES + ARENA_BYTES + _weights_in_memory(sizes, execution, on_cpu) + kept + graph + gradients
+    # one layer's, and what their products and the kernels take besides, measured
+    gradients = 4 * (sizes.largest_layer + 3 * sizes.largest_layer_tensor)
+    # the fused copy and its gradient; fast keeps the copies of all layers
+    fused = 4 * sizes.largest_fused * (1 + (sizes.layers if memory == "fast" else 1))
+    return BASE_BYTES + ARENA_BYTES + _weights_in_memory(sizes, execution, on_cpu) + kept + graph + gradients + fused
 
 
 def divergence_bytes(sizes: Sizes, work: Workload, execution: Execution, on_cpu: bool = True) -> int:
@@ -162,7 +174,8 @@ def divergence_bytes(sizes: Sizes, work: Workload, execution: Execution, on_cpu:
     copied = execution == "streamed" and not (sizes.stored_bytes == 4 and on_cpu)
     # the sliced layer takes the place of a copied one tensor by tensor, else it stands beside it
     sliced = 4 * sizes.largest_layer_tensor if copied else int(4 * sizes.largest_layer * (1 - work.pruning_ratio))
-    return BASE_BYTES + ARENA_BYTES + _weights_in_memory(sizes, execution, on_cpu) + states + passing + sliced
+    fixed = BASE_BYTES + SCORING_ARENA_BYTES + 4 * sizes.largest_fused
+    return fixed + _weights_in_memory(sizes, execution, on_cpu) + states + passing + sliced
 
 
 def perplexity_bytes(sizes: Sizes, work: Workload, execution: Execution, on_cpu: bool = True) -> int:
@@ -171,7 +184,8 @@ def perplexity_bytes(sizes: Sizes, work: Workload, execution: Execution, on_cpu:
     at_once = min(tokens, max(FORWARD_TOKENS, work.window))
     states = 4 * sizes.hidden * (2 * sizes.streams + 1) * tokens
     passing = 4 * (6 * sizes.hidden + 4 * sizes.neurons) * at_once
-    return BASE_BYTES + ARENA_BYTES + _weights_in_memory(sizes, execution, on_cpu) + states + passing
+    fixed = BASE_BYTES + ARENA_BYTES + 4 * sizes.largest_fused
+    return fixed + _weights_in_memory(sizes, execution, on_cpu) + states + passing
 
 
 def estimate(
@@ -245,7 +259,8 @@ def estimate(
     tensor = 2 * sizes.stored_bytes * sizes.largest_layer_tensor  # one is cut while one is written
     add("prune", "streamed", "lean", BASE_BYTES + tensor, pruned_bytes, 0, 2 * sizes.stored_bytes * sizes.weights)
     operations = work.perplexity_tokens * (body + head)
-    whole = 4 * sizes.weights + 8 * work.batch_size * work.prompt_length * sizes.vocabulary
+    mapped = sizes.stored_bytes == 4 and on_cpu  # transformers, too, uses float32 files as they lie
+    whole = (0 if mapped else 4 * sizes.weights) + 4 * work.batch_size * HARNESS_TOKENS * sizes.vocabulary
     evaluated: tuple[Execution, ...] = ("resident",) if work.lm_eval else ("resident", "streamed")
     for execution in evaluated:
         peak = perplexity_bytes(sizes, work, execution, on_cpu)
@@ -253,7 +268,7 @@ def estimate(
         # lm-eval's tasks run on the whole model, after the walk
         peak += HARNESS_BYTES + whole if work.lm_eval else 0
         add("evaluate", execution, "lean", peak, 0, operations * (3 if work.lm_eval else 1), read)
-    both = 4 * sizes.weights + 4 * (sizes.weights - work.pruning_ratio * sizes.block_weights)
+    both = 0 if mapped else 4 * sizes.weights + 4 * (sizes.weights - work.pruning_ratio * sizes.block_weights)
     passing = 4 * work.prompt_length * (6 * sizes.hidden + 4 * sizes.neurons)
     together = int(BASE_BYTES + ARENA_BYTES + both + passing)
     several = 20.0 * work.prompt_length * body
@@ -262,14 +277,15 @@ def estimate(
 
 
 def matmul_rate(device: torch.device, size: int = 1024) -> float:
-    """Return the operations a second of float32 matrix products, the best of a few."""
+    """Return the operations a second of float32 matrix products: of this process alone, whoever else is busy now."""
     left = torch.ones(size, size, device=device)
+    clock, threads = (time.perf_counter, 1) if device.type == "cuda" else (time.process_time, torch.get_num_threads())
     best = math.inf
-    for _ in range(4):
-        start = time.perf_counter()
+    for _ in range(6):
+        start = clock()
         float((left @ left)[0, 0])
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        best = min(best, clock() - start)
+    return 2 * size**3 * threads / best
 
 
 def choose(

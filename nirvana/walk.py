@@ -77,8 +77,6 @@ class Stack:
 
     def _check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Find a missing, odd or misshapen parameter now rather than in the middle of a walk."""
-        if self.num_layers < 1:
-            raise InputError(f"config.json: expected at least one layer, got {self.num_layers}; fetch the model again")
         for name, expected in shapes.items():
             if self.weights.shape(name) != expected:
                 raise InputError(

@@ -30,7 +30,7 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
     expected = _expected_sizes(inputs["model"])
     candidates = read_ids(inputs["candidates"])
     digest = model_digest(inputs["model"])
-    execution, memory = chosen_way(params, inputs["model"], candidates, device)
+    execution, memory = chosen_way(params, inputs["model"], candidates, device, params.saliency.microbatch)
     jobs = []
     for index in range(len(candidates[0])):
         key = candidate_key(

@@ -79,7 +79,7 @@ def _place_workers(client: Client, ours: Likeness, device: torch.device, where: 
         except Exception as error:  # whatever importing this code raises over there
             raise InputError(
                 f"{where}: expected a scheduler and workers that were started in this checkout, got "
-                f"{type(error).__name__} ({str(error).splitlines()[0][:80]}) from worker {address}; "
+                f"{type(error).__name__} ({' '.join(str(error).split())[:80]}) from worker {address}; "
                 "start them there with `python -m dask` (docs/team.md)"
             ) from error
         if reports[-1].difference:
@@ -114,6 +114,7 @@ def _collect(client: Client, waiting: dict[Future, Job], where: str, finish: Fin
             continue
         except _LOST as error:
             raise _lost_scheduler(where, error) from error
+        seen = time.monotonic()
         for future in done:
             job = waiting.pop(future)
             finish(job, _outcome(future, job, where).unwrap())

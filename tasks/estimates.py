@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nirvana.errors import InputError
+from tasks.child import fix_torch
 from tasks.params import load_params
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from tasks.params import Params
 
 MODEL = Path("data/model")
-_SECTIONS = ("calibration", "saliency", "allocation", "evaluation", "benchmark", "runtime")
+_SECTIONS = ("calibration", "saliency", "allocation", "evaluation", "benchmark", "compute", "runtime")
 
 
 def shown_file(params: "Params") -> Path | None:
@@ -67,6 +68,7 @@ def main() -> None:
     file = shown_file(params)
     if file is None:
         raise InputError(f"expected a model in {MODEL}, found none; run `dvc repro fetch_model` first")
+    fix_torch(params.compute.threads)
     device, work = resolve_device(params.runtime.device), workload(params)
     execution, memory = choose(MODEL, work, device, params.runtime.execution, params.runtime.memory)
     free = device_bytes(device)

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 
-def chosen_way(params: "Params", model: Path, ids: Sequence[Tensor], device: torch.device) -> tuple[Execution, Memory]:
+def chosen_way(
+    params: "Params", model: Path, ids: Sequence[Tensor], device: torch.device, microbatch: int = 2
+) -> tuple[Execution, Memory]:
     """Settle `auto` by the estimate for these token ids; the results are the same either way.
 
     Args:
@@ -25,11 +27,13 @@ def chosen_way(params: "Params", model: Path, ids: Sequence[Tensor], device: tor
         model: The dense model's directory.
         ids: Token ids a stack, `[..., sequences, tokens]`.
         device: What `runtime.device` stands for here.
+        microbatch: Sequences of a backward pass at a time, where the step has any.
     """
     runtime = params.runtime
     work = Workload(
         sequences=ids[0].shape[-2],
         sequence_length=max(part.shape[-1] for part in ids),
+        microbatch=microbatch,
         workers=runtime.workers if runtime.scheduler is None else 1,
     )
     execution, memory = choose(model, work, device, runtime.execution, runtime.memory)

@@ -96,6 +96,14 @@ class Architecture(ABC):
         """Return the parameter that a dense checkpoint holds in place of one that it does not have."""
         return name
 
+    def experts(self) -> tuple[int, int]:
+        """Return how many experts a layer has and how many of them a token meets; (1, 1) without any."""
+        return 1, 1
+
+    def fused_parameters(self, layer: int) -> list[str]:
+        """Return the parameters of a layer that `fuse` copies."""
+        return []
+
     # -- sites and sizes -----------------------------------------------------------------------------------------
 
     @abstractmethod

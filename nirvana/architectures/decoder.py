@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -33,6 +33,9 @@ class DecoderArchitecture(Architecture):
     norm_prefix = "model.norm."
     qkv_bias: bool | str = False
     """Whether q, k and v carry biases, or the configuration key that says so."""
+    attention: Literal["full", "window", "by_layer"] = "full"
+    """Full in every layer; in a window if the configuration has one; or as `layer_types` says. A family that has no
+    windows ignores the key, and so must the walk."""
     mlp_bias: bool | str = False
     """Whether gate and up carry biases, or the configuration key that says so."""
 
@@ -153,11 +156,10 @@ class DecoderArchitecture(Architecture):
 
     def attention_kinds(self) -> list[str]:
         """Return `full_attention` or `sliding_attention` for each layer."""
-        kinds = getattr(self.config, "layer_types", None)
-        if kinds is not None:
-            return list(kinds)
-        window = getattr(self.config, "sliding_window", None)
-        return ["full_attention" if window is None else "sliding_attention"] * self.num_layers
+        if self.attention == "by_layer":
+            return list(self.config.layer_types)
+        sliding = self.attention == "window" and self.config.sliding_window is not None
+        return ["sliding_attention" if sliding else "full_attention"] * self.num_layers
 
     def _position_embeddings(self, rotary: nn.Module, hidden: torch.Tensor, positions: torch.Tensor, kind: str) -> Any:
         return rotary(hidden, positions)

@@ -15,6 +15,7 @@ class Gemma3Text(DecoderArchitecture):
     """The common layout."""
 
     model_type = "gemma3_text"
+    attention = "by_layer"
     qkv_bias = "attention_bias"
 
     def __init__(self, config: PretrainedConfig):

@@ -7,6 +7,7 @@ class Mistral(DecoderArchitecture):
     """The common layout."""
 
     model_type = "mistral"
+    attention = "window"
     gguf_layout = True
 
 

@@ -10,6 +10,7 @@ class Phi3(DecoderArchitecture):
     """Fused projections: the rows of `qkv_proj` are all queries, then all keys, then all values."""
 
     model_type = "phi3"
+    attention = "window"
 
     def _attention_slots(self, prefix: str, config: PretrainedConfig) -> tuple[Slot, ...]:
         hidden, head_dim, groups = config.hidden_size, head_dim_of(config), config.num_key_value_heads

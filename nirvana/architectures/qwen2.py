@@ -7,6 +7,7 @@ class Qwen2(DecoderArchitecture):
     """The common layout with biases in attention."""
 
     model_type = "qwen2"
+    attention = "by_layer"
     qkv_bias = True
 
 

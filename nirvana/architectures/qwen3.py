@@ -10,6 +10,7 @@ class Qwen3(DecoderArchitecture):
     """The common layout."""
 
     model_type = "qwen3"
+    attention = "by_layer"
     qkv_bias = "attention_bias"
 
 

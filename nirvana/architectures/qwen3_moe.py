@@ -20,6 +20,7 @@ class Qwen3Moe(DecoderArchitecture):
     """The common layout in attention; experts, or in some layers one common MLP, behind it."""
 
     model_type = "qwen3_moe"
+    attention = "window"
     qkv_bias = "attention_bias"
 
     def __init__(self, config: PretrainedConfig):
@@ -30,6 +31,14 @@ class Qwen3Moe(DecoderArchitecture):
                 f"decoder_sparse_step of at least 1, got {config.num_experts_per_tok} and "
                 f"{config.decoder_sparse_step}; fetch the model again"
             )
+
+    def experts(self) -> tuple[int, int]:
+        """Return the configuration's counts."""
+        return max(1, self.config.num_experts), max(1, self.config.num_experts_per_tok)
+
+    def fused_parameters(self, layer: int) -> list[str]:
+        """Return every expert's matrices."""
+        return [name for name in self.layer_parameters(layer) if ".mlp.experts." in name]
 
     def _has_experts(self, layer: int) -> bool:
         config = self.config

@@ -71,6 +71,10 @@ def describe(
         )
     try:
         architecture = architecture_for(config)
+        if architecture.num_layers < 1:
+            raise InputError(
+                f"config.json: expected at least one layer, got {architecture.num_layers}; fetch the model again"
+            )
         check(architecture)
         _ = architecture.parameter_shapes, architecture.sites()
     except InputError:

@@ -14,6 +14,7 @@ from nirvana.checkpoint.config import loadable_kv_groups
 from nirvana.checkpoint.export_hf import TOLERANCE, every_position, measure_in_transformers
 from nirvana.checkpoint.export_source import Format, Options, Source
 from nirvana.errors import InputError
+from nirvana.files import sha256_file
 from nirvana.plan import Plan
 from nirvana.surgery import prune
 
@@ -22,12 +23,13 @@ def _prepare(source: Source, options: Options) -> None:
     if options.saliency is None:
         raise InputError(
             "uniform: expected the unit saliency that the plan was allocated from, got none; "
-            "give --saliency FILE, e.g. artifacts/unit_saliency/candidate_000.safetensors"
+            "give --saliency FILE, e.g. artifacts/unit_saliency/candidate_003.safetensors"
         )
 
 
 def _write(source: Source, options: Options, directory: Path) -> Plan:
-    plan = _uniform_plan(source, _read_saliency(options.saliency))
+    assert options.saliency is not None
+    plan = _uniform_plan(source, _read_saliency(options.saliency), sha256_file(options.saliency))
     prune(source.model, plan, directory)
     if "auto_map" in json.loads((directory / "config.json").read_text(encoding="utf-8")):
         raise InputError(
@@ -37,7 +39,7 @@ def _write(source: Source, options: Options, directory: Path) -> Plan:
     return plan
 
 
-def _uniform_plan(source: Source, saliency: dict[str, NDArray[np.float32]]) -> Plan:
+def _uniform_plan(source: Source, saliency: dict[str, NDArray[np.float32]], saliency_digest: str) -> Plan:
     """Allocate again from what the checkpoint's plan says it was asked for."""
     asked = source.plan.parameters
     architecture = source.dense.architecture
@@ -63,13 +65,13 @@ def _uniform_plan(source: Source, saliency: dict[str, NDArray[np.float32]]) -> P
         keep,
         model_digest=source.plan.model_digest,
         model_type=source.plan.model_type,
-        calibration_digest=source.plan.calibration_digest,
+        # the file says which units matter, not which text told: it may be another candidate's
+        calibration_digest=f"unit saliency sha256:{saliency_digest}",
         parameters=dict(asked) | {"rule": "exact", "scope": "uniform"},
     )
 
 
-def _read_saliency(file: Path | None) -> dict[str, NDArray[np.float32]]:
-    assert file is not None
+def _read_saliency(file: Path) -> dict[str, NDArray[np.float32]]:
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError) as error:

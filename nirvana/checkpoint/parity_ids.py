@@ -42,7 +42,12 @@ def parity_ids(checkpoint: Path, stack: Stack, text: Path | None = None, ids: Pa
         stack.check_ids(pair)
         return pair
     if decoder_tokens is None:  # the second half follows on the first: shifted right, as in training
-        start = stack.architecture.config.decoder_start_token_id
+        start = getattr(stack.architecture.config, "decoder_start_token_id", None)
+        if not isinstance(start, int):
+            raise InputError(
+                f"{checkpoint}/config.json: expected decoder_start_token_id, the token that a target begins after, "
+                f"got {start!r}; add it (T5: the id of its pad token)"
+            )
         middle = min(len(tokens), 2 * limit) // 2
         tokens, decoder_tokens = tokens[:middle], [start, *tokens[middle : 2 * middle - 1]]
     pair = (torch.tensor(tokens[:limit])[None], torch.tensor(decoder_tokens[:limit])[None])
@@ -88,7 +93,7 @@ def _from_file(path: Path) -> tuple[list[int], list[int] | None]:
             if not all(type(token) is int and 0 <= token < 2**31 for token in row):
                 raise TypeError(f"not token ids: {json.dumps(row)[:40]}")
         return tokens, decoder_tokens
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, IndexError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(

@@ -51,6 +51,7 @@ def stream_safetensors(
                 content = content[file.write(content) :]
             written += tensor.nbytes
             if written >= _SYNC_BYTES and syncing.done():
+                syncing.result()  # a failed write-back is told once
                 written, syncing = 0, pool.submit(os.fdatasync, file.fileno())
         syncing.result()
 

@@ -29,7 +29,7 @@ class WeightType(StrEnum):
 EPILOG = (
     "Examples:\n\n  nirvana export artifacts/checkpoint --to hf --model data/model\n\n"
     "  nirvana export artifacts/checkpoint --to uniform --model data/model "
-    "--saliency artifacts/unit_saliency/candidate_000.safetensors\n\n"
+    "--saliency artifacts/unit_saliency/candidate_003.safetensors\n\n"
     "  nirvana export artifacts/checkpoint --to gguf --type q8_0 --model data/model --output my-gguf"
 )
 

@@ -1,5 +1,6 @@
 """The property that every family must have: pruned == dense with those units set to zero."""
 
+import json
 from functools import partial
 
 import numpy as np
@@ -100,6 +101,18 @@ def test_pruned_model_generates_alike_in_every_mode(name, tmp_path):
     attention = [m for m in pruned.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "config")]
     assert attention and all(m.config._attn_implementation == "eager" for m in attention)
     assert torch.equal(pruned.generate(ids, **settings), expected)
+
+
+def test_a_window_that_the_family_ignores_is_ignored_by_the_walk(tmp_path):
+    """Llama's own code never reads `sliding_window`; a configuration may have the key all the same."""
+    config = json.loads((save_family("llama", tmp_path) / "config.json").read_text())
+    stray = {"sliding_window": 4, "layer_types": ["sliding_attention"] * 3}
+    (tmp_path / "config.json").write_text(json.dumps(config | stray))
+    stack, ids = Stack.open(tmp_path), random_ids(2, 13)
+    keep = {site.name: np.arange(site.units) for site in stack.architecture.sites()}
+    with torch.no_grad():
+        expected = load_model(tmp_path)(ids, use_cache=False).logits
+    torch.testing.assert_close(walk_logits(stack, keep, ids), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_kv_group_owns_what_the_drawing_shows():
