@@ -236,7 +236,7 @@ def results(path: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("break_it", "step", "message", "largest_kib"),
     [
-        (of_another_family, "fetch_model", "unsupported architecture 'gpt2': expected one of llama", "unlimited"),
+        (of_another_family, "fetch_model", "unsupported architecture 'gpt2': expected one of gemma3_text", "unlimited"),
         (source_is_cut_off, "fetch_model", "path:source/model.safetensors: expected", "unlimited"),
         (vocabulary_does_not_fit, "fetch_model", "tokenizer and model do not fit", "unlimited"),
         (model_is_cut_off, "collect_gradients", "data/model/model.safetensors", "unlimited"),

@@ -132,8 +132,8 @@ def test_pinned_commit_gives_the_same_digest(hub_model, tmp_path):
         ("hf:acme/tiny@v2.0", "no such revision"),
         ("hf:acme/absent@v1.0", "no such repository"),
         ("hf:acme/pickled@v1.0", "pickled weights"),
-        ("hf:acme/other@v1.0", "unsupported architecture 'gpt2': expected one of llama"),
-        ("hf:acme/unknown@v1.0", "hf:acme/unknown@v1.0/config.json: expected the configuration of one of llama"),
+        ("hf:acme/other@v1.0", "unsupported architecture 'gpt2': expected one of gemma3_text"),
+        ("hf:acme/unknown@v1.0", "hf:acme/unknown@v1.0/config.json: expected the configuration of one of gemma3_text"),
     ],
 )
 def test_model_that_the_hub_cannot_give(source, reason, hub_model, tmp_path):
