@@ -1,4 +1,4 @@
-# make run · make test · make lint · make ui · make bench · make demo-t5 · make clean
+# make run · make test · make lint · make ui · make bench · make quality · make demo-t5 · make clean
 # Everything runs in .venv, which is made from constraints.txt on first use.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ READY := .venv/.ready
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := run
-.PHONY: run test lint ui bench bench-8b bench-1b demo-t5 clean setup
+.PHONY: run test lint ui bench quality bench-8b bench-1b demo-t5 clean setup
 
 run: $(READY)  ## set up, run the main job, print where everything is
 	@$(BIN)/python -m flows.pipeline
@@ -28,6 +28,9 @@ ui: $(READY)  ## the Prefect and MLflow pages on loopback, until Ctrl-C
 
 bench: $(READY)  ## our numbers against their limits, into reports/bench/
 	@$(BIN)/python -m benchmarks
+
+quality: $(READY)  ## our best method's perplexity against the published one's, into reports/bench/quality.json
+	@$(BIN)/python -m benchmarks.quality $(if $(IDS),--ids $(IDS))
 
 demo-t5: $(READY)  ## train a small T5 in minutes, prune it, show what it cost; in .cache/demo-t5
 	@$(BIN)/python -m demos.t5

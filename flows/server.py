@@ -26,7 +26,7 @@ from tasks.process import ERROR_PREFIX
 HOST = "127.0.0.1"
 PREFECT_PORT = 4200
 MLFLOW_PORT = 5000
-READY_SECONDS = 180
+READY_SECONDS = 300
 
 
 def page(api: str) -> str:

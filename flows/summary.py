@@ -43,7 +43,12 @@ def _results_table(root: Path) -> Table:
     dense, pruned = read_json(reports / "evaluation_dense.json"), read_json(reports / "evaluation.json")
     benchmark = read_json(reports / "benchmark.json")
     plan, selection = read_json(root / "artifacts/plan.json"), read_json(root / "artifacts/selection.json")
-    table = Table(title=f"Pruned at a requested ratio of {plan['requested_ratio']:.3g}", title_justify="left")
+    measured = read_json(reports / "divergence.json")["kl_divergence"]
+    recovered = read_json(reports / "recovery.json")["tokens"]
+    title = f"Pruned at a requested ratio of {plan['requested_ratio']:.3g}"
+    if recovered:
+        title += f", fine-tuned on {recovered:,} tokens"
+    table = Table(title=title, title_justify="left")
     table.add_column("")
     for heading in ("dense", "pruned", "pruned / dense"):
         table.add_column(heading, justify="right")
@@ -57,7 +62,7 @@ def _results_table(root: Path) -> Table:
     for module in ("total", "attention", "mlp"):
         row(f"achieved ratio, {module}", _share, None, plan["achieved_ratio"][module])
     row("token perplexity", _short, dense["token_perplexity"], pruned["token_perplexity"])
-    row("KL(dense‖pruned), nats", _short, None, selection["kl_divergence"])
+    row("KL(dense‖pruned), nats", _short, None, selection["kl_divergence"] if measured is None else measured)
     for task in pruned["tasks"]:
         before, after = dense["tasks"].get(task), pruned["tasks"][task]
         table.add_row(f"{task} ({after['metric']})", _scored(before), _scored(after), "")
@@ -69,8 +74,9 @@ def _results_table(root: Path) -> Table:
 
 
 def _places(root: Path) -> str:
+    recovered = read_json(root / "reports/recovery.json")["tokens"]
     lines = [
-        "checkpoint  artifacts/checkpoint",
+        f"checkpoint  artifacts/{'recovered' if recovered else 'checkpoint'}",
         "plan        artifacts/plan.json",
         "report      reports/report.html",
     ]

@@ -3,6 +3,9 @@
 Ranking is global over layers, separately for KV groups and for MLP neurons. With A and M the block weights in attention
 and MLP, ratio r and γ = MLP rate ÷ attention rate:  p_attn = r·(A+M)/(A+γM),  p_mlp = γ·p_attn.
 
+Saliency that is comparable between attention and MLP (mask Fisher) needs no γ: all units form one list, in the order of
+their saliency a weight.
+
 Sites that must keep equally many units (the experts of a layer) are ranked as one: its n-th unit is the n-th best of
 each of them.
 
@@ -20,6 +23,7 @@ from nirvana.architectures.site import Module, Site
 from nirvana.errors import InputError
 
 Rule = Literal["exact", "published"]
+Ranking = Literal["modules", "joint"]
 Scope = Literal["global", "uniform"]
 Keep = dict[str, NDArray[np.int64]]
 """Sorted indices of the units that stay, by site name."""
@@ -37,6 +41,7 @@ def allocate(
     rule: Rule = "exact",
     scope: Scope = "global",
     loadable_kv_groups: Callable[[int], bool] = lambda kept: True,
+    ranking: Ranking = "modules",
 ) -> Keep:
     """Return which units stay.
 
@@ -44,13 +49,15 @@ def allocate(
         sites: Where units live, in walk order.
         saliency: Unit saliency by site name.
         pruning_ratio: Share of the block weights that leaves, in [0, 1).
-        gamma: MLP rate divided by attention rate, above 0.
+        gamma: MLP rate divided by attention rate, above 0; ranking `joint` does not read it.
         round_to: Kept neurons of a layer are a multiple of this (or all of them).
         rule: `exact` meets the ratio to within one `round_to` block of one layer; `published` counts as the authors'
             code does and may miss it.
         scope: `global` ranks over all layers; `uniform` keeps the same counts in every layer, so that a stock
             configuration describes the result, and meets the ratio to within one `round_to` block of every layer.
         loadable_kv_groups: For `uniform`: whether a stock configuration accepts that many KV groups.
+        ranking: `modules` ranks KV groups and neurons separately, their rates `gamma` apart; `joint` ranks all units
+            together by saliency a weight. With scope `uniform` a joint ranking gives the two rates.
 
     Returns:
         Sorted indices of the kept units by site name.
@@ -65,12 +72,16 @@ def allocate(
     ranked, ranked_saliency = _merged(sites, saliency)
     request = _Request(ranked, ranked_saliency, pruning_ratio, gamma, round_to)
     request.check()
+    if rule == "published" and (scope == "uniform" or ranking == "joint"):
+        raise InputError(
+            "allocation.rule: published is defined for scope global and ranking modules only, got scope "
+            f"{scope} and ranking {ranking}; use rule exact"
+        )
+    counts = _joint(request) if ranking == "joint" else None
     if scope == "uniform":
-        if rule == "published":
-            raise InputError(
-                "allocation.rule: published is defined for scope global only, got scope uniform; use rule exact"
-            )
-        keep = _uniform(request, loadable_kv_groups)
+        keep = _uniform(request, loadable_kv_groups, counts)
+    elif counts is not None:
+        keep = {site.name: _best(site, request.saliency, counts[site.name]) for site in request.sites}
     else:
         keep = _published(request) if rule == "published" else _exact(request)
     return {
@@ -291,6 +302,46 @@ def _neurons_for(request: _Request, layers: Sequence[Site], target: float) -> di
     return kept(low)
 
 
+def _joint(request: _Request) -> dict[str, int]:
+    """Bisect the number of condemned units of one list until the ratio is met; neurons make up for whole groups."""
+    sites = request.sites
+    per_weight = {site.name: request.saliency[site.name] / np.float32(site.weights_per_unit) for site in sites}
+    values, owners = [], []
+    for position, site in enumerate(sites):
+        least = 1 if site.module == "attention" else min(request.round_to, site.units)
+        values.append(np.sort(per_weight[site.name], kind="stable")[: site.units - least])
+        owners.append(np.full(values[-1].shape, position))
+    order = np.concatenate(owners)[np.argsort(np.concatenate(values), kind="stable")]
+
+    def kept(count: int) -> dict[str, int]:
+        lost = _condemned(sites, order, count)
+        staying = {site.name: site.units - int(n) for site, n in zip(sites, lost, strict=True)}
+        return staying | {site.name: request.rounded(site, staying[site.name]) for site in request.of("mlp")}
+
+    def removed(count: int) -> int:
+        remaining = kept(count)
+        return sum((site.units - remaining[site.name]) * site.weights_per_unit for site in sites)
+
+    target = request.pruning_ratio * request.total
+    low, high = 0, len(order)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if removed(middle) >= target else (middle + 1, high)
+    # a whole group may have left in the last step: with it and without, the neurons meet the rest
+    tried = []
+    for count in (low, max(0, low - 1)):
+        result = kept(count)
+        of_groups = sum((site.units - result[site.name]) * site.weights_per_unit for site in request.of("attention"))
+        result |= _neurons_for(request, request.of("mlp"), target - of_groups)
+        reached = sum((site.units - result[site.name]) * site.weights_per_unit for site in sites)
+        tried.append((abs(reached - target), reached, result))
+    distance, reached, result = min(tried, key=lambda each: each[0])
+    largest = max((site.weights_per_unit for site in request.of("mlp")), default=0)
+    if distance > request.round_to * largest:
+        raise _unreachable(request, reached)
+    return result
+
+
 def _published(request: _Request) -> Keep:
     """Count as the authors' code does: floor counts, ties leave together, a layer's last group stays, no re-solve.
 
@@ -322,12 +373,16 @@ def _check_one_size(sites: Sequence[Site]) -> None:
         )
 
 
-def _uniform(request: _Request, loadable_kv_groups: Callable[[int], bool]) -> Keep:
+def _uniform(
+    request: _Request, loadable_kv_groups: Callable[[int], bool], counts: Mapping[str, int] | None = None
+) -> Keep:
     groups, layers = request.of("attention"), request.of("mlp")
     _check_one_size(request.sites)
     target = request.pruning_ratio * request.total
     units, size = groups[0].units, layers[0].units
     wanted = units * (1 - request.attention_rate())
+    if counts is not None:
+        wanted = sum(counts[site.name] for site in groups) / len(groups)
     steps = sorted({min(size, block * request.round_to) for block in range(1, -(-size // request.round_to) + 1)})
     group_weights, neuron_weights = request.weights("attention") / units, request.weights("mlp") / size
     nearest = np.inf

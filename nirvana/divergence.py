@@ -49,22 +49,41 @@ def _embedded(stack: Stack, ids: Ids) -> list[Streams]:
 
 
 @torch.no_grad()
-def pruned_hidden_states(stack: Stack, keep: Mapping[str, NDArray[np.int64]], ids: Ids) -> Hidden:
-    """Return what the pruned model's head would read, each layer sliced for its own call only."""
+def pruned_hidden_states(
+    stack: Stack,
+    keep: Mapping[str, NDArray[np.int64]],
+    ids: Ids,
+    updates: Mapping[str, Tensor] | None = None,
+) -> Hidden:
+    """Return what the pruned model's head would read, each layer sliced for its own call only.
+
+    Args:
+        keep: Kept units by site name.
+        ids: Sequences.
+        updates: Parameters that are not what slicing leaves, by name: those that compensation solved for, and biases of
+            linear layers that have none in the dense model.
+    """
     slicer = Slicer(stack.architecture.sites(), keep)
     kept_units = {name: len(indices) for name, indices in keep.items()}
     parts = _embedded(stack, ids)
     for layer, weights in stack.layers(range(stack.num_layers)):
         # taken out one by one: the dense layer goes as the sliced one comes
         sliced = {name: slicer.apply(name, weights.pop(name)) for name in list(weights)}
+        if updates is not None:
+            prefix = stack.architecture.layer_prefix(layer)
+            sliced |= {name: value.to(stack.device) for name, value in updates.items() if name.startswith(prefix)}
         fused = stack.architecture.fuse(layer, sliced)
         parts = [stack.run_layer(layer, part, fused, kept_units) for part in parts]
         del sliced, fused
-    return torch.cat([stack.head_input(part) for part in parts])
+    return torch.cat([stack.head_input(part, updates) for part in parts])
 
 
 def kl_divergence(
-    stack: Stack, keep: Mapping[str, NDArray[np.int64]], ids: Ids, dense: Float[Tensor, "_ _ hidden"]
+    stack: Stack,
+    keep: Mapping[str, NDArray[np.int64]],
+    ids: Ids,
+    dense: Float[Tensor, "_ _ hidden"],
+    updates: Mapping[str, Tensor] | None = None,
 ) -> float:
     """Return KL(dense‖pruned) on held-out sequences.
 
@@ -72,6 +91,7 @@ def kl_divergence(
         keep: Kept units by site name.
         ids: Held-out sequences.
         dense: `dense_hidden_states` of the same sequences.
+        updates: See `pruned_hidden_states`.
 
     Returns:
         Mean over all positions, in nats a token.
@@ -88,7 +108,7 @@ def kl_divergence(
             f"expected the dense hidden states of {tuple(positions)} tokens, got those of {tuple(dense.shape[:2])}; "
             "compute them on the same sequences"
         )
-    pruned = pruned_hidden_states(stack, keep, ids)
+    pruned = pruned_hidden_states(stack, keep, ids, updates)
     return head_divergence(
         dense.flatten(0, 1), pruned.flatten(0, 1), stack.head_weight(), stack.architecture.logit_softcap
     )

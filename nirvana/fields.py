@@ -65,6 +65,13 @@ class Fields:
             raise self.refused("a number from 0 to 1", value, key)
         return float(value)
 
+    def above_zero(self, key: str, most: float) -> float:
+        """Return a number above 0, at most `most`."""
+        value = self.raw(key)
+        if type(value) not in (int, float) or not 0 < value <= most:
+            raise self.refused(f"a number above 0, at most {most:g}", value, key)
+        return float(value)
+
     def text(self, key: str) -> str:
         """Return a line of text that is safe to print."""
         value = self.raw(key)
@@ -82,6 +89,10 @@ class Fields:
     def inner(self, key: str) -> "Fields":
         """Return the object that stands at a key."""
         return Fields(self.raw(key), self._name(key), self._remedy)
+
+    def inner_or_none(self, key: str) -> "Fields | None":
+        """Return the object that stands at a key; None where null does, or nothing."""
+        return None if self._value.get(key) is None else self.inner(key)
 
     def list_of(self, key: str) -> list["Fields"]:
         """Return the objects of a list with at least one."""

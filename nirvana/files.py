@@ -91,6 +91,17 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def scratch_directory(path: Path | str) -> Iterator[Path]:
+    """Yield a new empty directory beside `path`, on the same disk; it is gone afterwards, whatever happens."""
+    temporary = _temporary_sibling(Path(path))
+    temporary.mkdir()
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as indented JSON with sorted keys; NaN and infinity are refused."""
     text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"

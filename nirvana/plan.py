@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ MODULES = ("attention", "mlp")
 _MOST_UNITS = 1_000_000  # of one site
 _MOST_UNITS_IN_ALL = 50_000_000
 _MOST_WEIGHTS = 1 << 40  # of one unit
+_LARGEST_RIDGE = 1e9  # beyond it nothing is solved for that float32 could tell from what slicing leaves
 _RATIO_SLACK = 1e-9  # ratios are exact but for the last digit; one neuron of the largest models is a share of 1e-7
 
 
@@ -42,6 +43,16 @@ class PlannedSite:
 
 
 @dataclass(frozen=True)
+class Compensation:
+    """How what stays is solved for anew once the other units are gone."""
+
+    ridge: float
+    """Pull toward the columns as they were; see `nirvana.compensation.compensate`."""
+    calibration_digest: str
+    """Of the token ids it is fitted on, as `nirvana.calibration.calibration_digest` gives it."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """Kept units of every site, with what they were derived from."""
 
@@ -53,6 +64,8 @@ class Plan:
     achieved_ratio: Mapping[str, float]
     sites: tuple[PlannedSite, ...]
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    compensation: Compensation | None = None
+    """None: the checkpoint holds what slicing leaves."""
 
     @classmethod
     def build(
@@ -64,6 +77,7 @@ class Plan:
         model_type: str,
         calibration_digest: str,
         parameters: Mapping[str, Any],
+        compensation: Compensation | None = None,
     ) -> "Plan":
         """Make a plan from an allocation; `parameters` are the settings it came from, `pruning_ratio` among them."""
         kept_units = {name: len(indices) for name, indices in keep.items()}
@@ -79,6 +93,7 @@ class Plan:
             achieved_ratio=achieved_ratio(sites, kept_units),
             sites=planned,
             parameters=dict(parameters),
+            compensation=compensation,
         )
 
     @property
@@ -98,6 +113,7 @@ class Plan:
                     "num_layers": self.num_layers,
                 },
                 "calibration": {"digest": self.calibration_digest},
+                "compensation": None if self.compensation is None else asdict(self.compensation),
                 "parameters": dict(self.parameters),
                 "requested_ratio": self.requested_ratio,
                 "achieved_ratio": dict(self.achieved_ratio),
@@ -209,7 +225,15 @@ def _read_plan(top: Fields) -> Plan:
         achieved_ratio={key: achieved.share(key) for key in ("total", *MODULES)},
         sites=_read_sites(top.list_of("sites")),
         parameters=top.free("parameters"),
+        compensation=_read_compensation(top.inner_or_none("compensation")),
     )
+
+
+def _read_compensation(value: Fields | None) -> Compensation | None:
+    """Return what a plan says of compensation; plans of earlier releases say nothing."""
+    if value is None:
+        return None
+    return Compensation(value.above_zero("ridge", _LARGEST_RIDGE), value.text("calibration_digest"))
 
 
 def _read_sites(values: Sequence[Fields]) -> tuple[PlannedSite, ...]:

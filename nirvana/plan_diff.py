@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nirvana.plan import MODULES, Plan, PlannedSite
+from nirvana.plan import MODULES, Compensation, Plan, PlannedSite
 from nirvana.ranges import to_ranges
 
 
@@ -113,9 +113,14 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "model.model_type": plan.model_type,
         "model.num_layers": plan.num_layers,
         "calibration.digest": plan.calibration_digest,
+        **({} if plan.compensation is None else _of_compensation(plan.compensation)),
         "requested_ratio": plan.requested_ratio,
         **{f"parameters.{key}": value for key, value in sorted(plan.parameters.items())},
     }
+
+
+def _of_compensation(compensation: Compensation) -> dict[str, Any]:
+    return {f"compensation.{key}": value for key, value in asdict(compensation).items()}
 
 
 def _canonical(settings: Mapping[str, Any], key: str) -> str | None:

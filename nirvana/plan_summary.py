@@ -1,6 +1,7 @@
 """What a plan comes to: requested and achieved ratio, units and weights, by module and by site."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from nirvana.allocation import module_rates
@@ -11,9 +12,9 @@ def summarise(plan: Plan) -> dict[str, Any]:
     """Return what a plan says and what it comes to, as plain values that JSON can hold.
 
     Returns:
-        `model`, `calibration` and `parameters` as in the plan; `modules`: for total, attention and mlp the requested
-        (None where the plan does not say) and achieved ratio, units, kept units, weights and kept weights; `sites`:
-        name, module, layer, units, kept units, weights and kept weights.
+        `model`, `calibration`, `compensation` and `parameters` as in the plan; `modules`: for total, attention and
+        mlp the requested (None where the plan does not say) and achieved ratio, units, kept units, weights and kept
+        weights; `sites`: name, module, layer, units, kept units, weights and kept weights.
     """
     sites: list[dict[str, Any]] = [
         {
@@ -40,6 +41,7 @@ def summarise(plan: Plan) -> dict[str, Any]:
     return {
         "model": {"digest": plan.model_digest, "model_type": plan.model_type, "num_layers": plan.num_layers},
         "calibration": {"digest": plan.calibration_digest},
+        "compensation": None if plan.compensation is None else asdict(plan.compensation),
         "parameters": dict(plan.parameters),
         "modules": modules,
         "sites": sites,

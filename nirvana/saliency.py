@@ -17,7 +17,7 @@ from torch import Tensor
 from nirvana.architectures.architecture import Streams
 from nirvana.architectures.site import Site, Slot
 from nirvana.errors import InputError
-from nirvana.objective import objective_and_gradient
+from nirvana.objective import Objective, mean_largest_logit
 from nirvana.walk import Ids, Memory, Stack, as_streams, microbatches, part_of, walk_forward
 
 
@@ -26,7 +26,7 @@ class ChannelSaliency:
     """Saliency summed over rows or columns, before anything is known of units or ratios."""
 
     objective: float
-    """f on the calibration set."""
+    """Its value f on the calibration set."""
     sums: dict[str, Float[Tensor, " channels"]]
     """One float32 vector on the CPU a weight slot, by `channel_key`, in units of f."""
 
@@ -42,6 +42,7 @@ def channel_saliency(
     microbatch: int = 2,
     on_layer: Callable[[int], None] = lambda layer: None,
     memory: Memory = "lean",
+    objective: Objective = mean_largest_logit,
 ) -> ChannelSaliency:
     """Return the channel saliency of a calibration set.
 
@@ -51,6 +52,7 @@ def channel_saliency(
         on_layer: Called after each layer of each of the two walks, for progress.
         memory: `lean` keeps each layer's input and computes the layer a second time; `fast` keeps what autograd
             saved. The same operations in the same order: the results are equal bit for bit.
+        objective: The scalar f to differentiate; NIRVANA's unless said otherwise.
 
     Raises:
         InputError: If a token id is out of range, or a gradient is not finite (the message names the parameter).
@@ -65,23 +67,24 @@ def channel_saliency(
     slots = weight_slots_by_layer(stack.architecture.sites())
     runs: list[_LayerRun] = []
     sequences = as_streams(ids)[0].shape[0]
-    parts = [stack.embed(part_of(ids, rows)) for rows in microbatches(sequences, microbatch)]
+    rows_of = list(microbatches(sequences, microbatch))
+    parts = [stack.embed(part_of(ids, rows)) for rows in rows_of]
     for layer, weights in stack.layers(range(stack.num_layers)):
         runs.append(_LayerRun(stack, layer, slots[layer], parts))
         with torch.no_grad():
             parts = runs[-1].keep(weights) if memory == "fast" else walk_forward(stack, parts, layer, weights)
         on_layer(layer)
-    objective, upstream = 0.0, []
+    total, upstream = 0.0, []
     for index, streams in enumerate(parts):
-        value, gradient = objective_and_gradient(stack, streams, sequences)
-        objective += value
+        value, gradient = objective(stack, streams, part_of(ids, rows_of[index]), sequences)
+        total += value
         upstream.append((None,) * (len(streams) - 1) + (gradient,))
         parts[index] = ()  # the head was the last to read them
     sums: dict[str, Tensor] = {}
     for layer, weights in stack.layers(reversed(range(stack.num_layers))):
         sums |= runs.pop().backward(weights, upstream)
         on_layer(layer)
-    return ChannelSaliency(objective, sums)
+    return ChannelSaliency(total, sums)
 
 
 def weight_slots_by_layer(sites: Iterable[Site]) -> dict[int, list[Slot]]:

@@ -2,6 +2,9 @@
 
 The shapes are known before any tensor is read, so the safetensors header is written first and the tensors follow one
 at a time: memory is one tensor, time about that of copying the file. Checkpoints appear whole or not at all.
+
+Where the plan has a compensation, it is solved first, layer by layer, and the solutions are written in place of the
+sliced ones: memory is then one layer, or where weights are resident the model.
 """
 
 import errno
@@ -10,6 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from nirvana.checkpoint import modeling_nirvana
@@ -19,7 +23,8 @@ from nirvana.errors import InputError
 from nirvana.files import atomic_directory, write_json
 from nirvana.plan import PLAN_NAME, Plan
 from nirvana.slicing import Slicer
-from nirvana.walk import Stack
+from nirvana.solved import Fit, read_solved, solved_parameters
+from nirvana.walk import Execution, Stack
 from nirvana.weights import FLOAT_TYPES, INDEX_NAME, WeightFiles, model_digest
 
 # the tokenizer, how to generate, the licence; adapters, other weights and code stay behind
@@ -46,6 +51,10 @@ def prune(
     checkpoint_directory: Path | str,
     on_tensor: Callable[[str], None] = lambda name: None,
     match_digest: bool = True,
+    calibration: Path | str | None = None,
+    device: torch.device | str = "cpu",
+    execution: Execution = "resident",
+    on_layer: Callable[[int], None] = lambda layer: None,
 ) -> None:
     """Write the pruned checkpoint that a plan describes.
 
@@ -56,24 +65,35 @@ def prune(
             else is refused.
         on_tensor: Called after each tensor is written, for progress.
         match_digest: Refuse a model whose digest is not the plan's; False compares shapes only.
+        calibration: File of the token ids that the plan's compensation is fitted on (`input_ids` as safetensors);
+            not read where the plan has none.
+        device: Where compensation computes.
+        execution: Whether weights stay in memory once compensation has read them.
+        on_layer: Called after each layer that is compensated, for progress.
 
     Raises:
-        InputError: If the plan is for another model, a file is broken, the target holds something else, or the disk
-            is too small (nothing is left under the final name).
+        InputError: If the plan is for another model, a file is broken, the target holds something else, the
+            calibration file is missing or another one, or the disk is too small (nothing is left under the final
+            name).
     """
     source, target = Path(model_directory).resolve(), Path(checkpoint_directory).resolve()
     _check_target(source, target)
-    stack = Stack.open(source)
+    stack = Stack.open(source, device, execution)
     architecture, weights = stack.architecture, stack.weights
     sites = architecture.sites()
     plan.check_fits(sites, model_digest(source) if match_digest else None)
     slicer = Slicer(sites, plan.keep)
     config = pruned_config(architecture, plan.keep)
     written = _written(stack, stock=config["model_type"] == architecture.model_type)
-    _check_space(target, _checkpoint_bytes(weights, slicer, written))
+    fit = Fit.planned(plan, stack, calibration)
+    twice = {name: written[name] for name in fit.names} if fit else {}  # solved, then copied into the checkpoint
+    _check_space(target, _checkpoint_bytes(weights, slicer, written) + _checkpoint_bytes(weights, slicer, twice))
     try:
-        with atomic_directory(target) as temporary:
-            _write_weights(weights, slicer, written, temporary, on_tensor)
+        with (
+            solved_parameters(fit, stack, plan, target, on_layer) as solved,
+            atomic_directory(target) as temporary,
+        ):
+            _write_weights(weights, slicer, written, solved, temporary, on_tensor)
             write_json(temporary / "config.json", config)
             if "auto_map" in config:
                 shutil.copyfile(modeling_nirvana.__file__, temporary / MODELING_FILE)
@@ -132,6 +152,7 @@ def _write_weights(
     weights: WeightFiles,
     slicer: Slicer,
     written: Mapping[str, str],
+    solved: Mapping[str, Path],
     directory: Path,
     on_tensor: Callable[[str], None],
 ) -> None:
@@ -140,7 +161,7 @@ def _write_weights(
     for name, stored in written.items():
         files.setdefault(weights.file_of[stored].name, {})[name] = stored
     for file_name, names in sorted(files.items()):
-        _write_file(weights, slicer, directory / file_name, names, on_tensor)
+        _write_file(weights, slicer, directory / file_name, names, solved, on_tensor)
     if len(files) > 1:
         weight_map = {name: file_name for file_name, names in files.items() for name in names}
         total = _checkpoint_bytes(weights, slicer, written)
@@ -148,7 +169,12 @@ def _write_weights(
 
 
 def _write_file(
-    weights: WeightFiles, slicer: Slicer, path: Path, stored: Mapping[str, str], on_tensor: Callable[[str], None]
+    weights: WeightFiles,
+    slicer: Slicer,
+    path: Path,
+    stored: Mapping[str, str],
+    solved: Mapping[str, Path],
+    on_tensor: Callable[[str], None],
 ) -> None:
     header = {
         name: (weights.dtype(source), slicer.shape(name, weights.shape(source))) for name, source in stored.items()
@@ -156,7 +182,7 @@ def _write_file(
 
     def read(name: str) -> Tensor:
         on_tensor(name)
-        return slicer.apply(name, weights[stored[name]])
+        return read_solved(solved, name) if name in solved else slicer.apply(name, weights[stored[name]])
 
     stream_safetensors(path, header, read)
 

@@ -190,11 +190,13 @@ class Stack:
         arguments = self.architecture.layer_arguments(streams)[layer]
         return self.architecture.run_layer(layer, streams, arguments, weights, module)
 
-    def head_input(self, streams: Streams) -> Hidden:
-        """Return hidden states as the head reads them."""
+    def head_input(self, streams: Streams, updates: Mapping[str, Tensor] | None = None) -> Hidden:
+        """Return hidden states as the head reads them; `updates` are parameters in place of the dense ones."""
         architecture, hidden = self.architecture, streams[-1]
         local = {
-            name.removeprefix(architecture.norm_prefix): self.parameter(name)
+            name.removeprefix(architecture.norm_prefix): (
+                updates[name].to(self.device) if updates and name in updates else self.parameter(name)
+            )
             for name in architecture.parameter_shapes
             if name.startswith(architecture.norm_prefix)
         }

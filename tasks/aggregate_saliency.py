@@ -1,4 +1,4 @@
-"""Step: channel saliency -> unit saliency, one file a candidate."""
+"""Step: what was collected -> unit saliency, one file a candidate."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 
 def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
-    """Write `candidate_NNN.safetensors` for each candidate: one vector a site."""
+    """Write `candidate_NNN.safetensors` for each candidate: one vector a site; `fisher` collects these already."""
     sites = architecture_for(read_config(inputs["model"])).sites()
     with atomic_directory(outputs["unit_saliency"]) as directory:
         for file in sorted(inputs["channel_saliency"].glob("candidate_*.safetensors")):
-            save_file(unit_saliency(sites, load_file(file)), directory / file.name)
+            collected = load_file(file)
+            units = collected if params.saliency.method == "fisher" else unit_saliency(sites, collected)
+            save_file(units, directory / file.name)

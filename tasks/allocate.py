@@ -1,18 +1,20 @@
-"""Step: the selected candidate's unit saliency -> the pruning plan."""
+"""Step: the unit saliency of the selected candidate, or the mean of the best ones -> the pruning plan."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
+import torch
 
 from nirvana.architectures.registry import architecture_for, read_config
+from nirvana.calibration import calibration_digest
 from nirvana.files import atomic_file, read_json
-from nirvana.plan import Plan
+from nirvana.plan import Compensation, Plan
+from nirvana.walk import as_streams
 from nirvana.weights import model_digest
 from tasks.token_files import read_ids
-from tasks.unit_saliency import allocate_as_asked, candidate_files, read_unit_saliency
+from tasks.unit_saliency import allocate_as_asked, averaged_saliency, best_candidates, candidate_files
 
 if TYPE_CHECKING:
     from tasks.params import Params
@@ -21,24 +23,32 @@ if TYPE_CHECKING:
 def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
     """Write the plan and, for tables and plots, what it keeps of each layer."""
     architecture = architecture_for(read_config(inputs["model"]))
-    selected = read_json(inputs["selection"])["selected"]
-    saliency = read_unit_saliency(candidate_files(inputs["unit_saliency"])[selected])
+    scores, averaged = read_json(inputs["selection"])["scores"], params.calibration.averaged
+    saliency = averaged_saliency(candidate_files(inputs["unit_saliency"]), scores, averaged)
+    chosen = best_candidates(scores, averaged)
+    calibration = [torch.cat([pool[index] for index in chosen]) for pool in read_ids(inputs["candidates"])]
     keep = allocate_as_asked(architecture, saliency, params.allocation)
-    allocation = params.allocation
+    allocation, compensation = params.allocation, None
+    if params.compensation.method == "least_squares":
+        fitted_on = calibration_digest(as_streams(read_ids(inputs["compensation_ids"])))
+        compensation = Compensation(params.compensation.ridge, fitted_on)
     plan = Plan.build(
         architecture.sites(),
         keep,
         model_digest=model_digest(inputs["model"]),
         model_type=architecture.config.model_type,
-        calibration_digest=_calibration_digest(inputs["candidates"], selected),
+        calibration_digest=calibration_digest(tuple(calibration)),
         parameters={
             "method": params.saliency.method,
+            "candidates_averaged": averaged,
             "pruning_ratio": allocation.pruning_ratio,
-            "gamma": allocation.gamma,
+            "ranking": allocation.ranking,
+            "gamma": allocation.gamma if allocation.ranking == "modules" else None,
             "round_to": allocation.round_to,
             "rule": allocation.rule,
             "scope": allocation.scope,
         },
+        compensation=compensation,
     )
     with atomic_file(outputs["allocation"]) as temporary:
         _by_layer(plan).to_csv(temporary, index=False)
@@ -61,11 +71,3 @@ def _by_layer(plan: Plan) -> pd.DataFrame:
     table = sites.groupby(["layer", "module"], as_index=False, sort=False).sum()
     table.insert(4, "kept_share", table["kept"] / table["units"])
     return table
-
-
-def _calibration_digest(candidates: Path, selected: int) -> str:
-    digest = hashlib.sha256()
-    for pool in read_ids(candidates):
-        ids = pool[selected].numpy()
-        digest.update(f"{ids.dtype}{ids.shape}".encode() + ids.tobytes())
-    return f"sha256:{digest.hexdigest()}"

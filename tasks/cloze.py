@@ -10,22 +10,16 @@ begins with it.
 Source: Paperno et al. 2016, "The LAMBADA dataset" (arXiv 1606.06031).
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from string import Template
 
-from nirvana.errors import InputError
-from nirvana.files import atomic_file
 from tasks.documents import Document
+from tasks.lm_eval_task import write_task
+from tasks.passages import order_key, passage, split_sentences, spread_items
 
-TASK_NAME = "cloze"
 _TEMPLATE = "cloze.yaml"
 
-_CONTEXT_WORDS = 40  # at least this many before the target; whole sentences, so up to one sentence more
-_LIMIT_WORDS = 90
 _TARGET_LETTERS = 4
 # function words, and numbers that their "per" or "of dollars" gives away
 _FUNCTION_WORDS = """
@@ -45,8 +39,8 @@ well were what whatever when whence where whereby wherein whether which while wh
 within without would year years your yours yourself
 """
 _STOP_WORDS = frozenset(_FUNCTION_WORDS.split())
-_SENTENCE_END = re.compile(r"(?<=[a-z]{2}[.!?])\s+(?=[A-Z])")
-_FINAL_WORD = re.compile(r"^(.*\S) ([a-z]+)[.!?]$")
+# WikiText has a space before the stop
+_FINAL_WORD = re.compile(r"^(.*\S) ([a-z]+) ?[.!?]$")
 
 
 def cloze_items(documents: Sequence[Document], count: int) -> list[dict[str, str]]:
@@ -62,24 +56,18 @@ def cloze_items(documents: Sequence[Document], count: int) -> list[dict[str, str
     Raises:
         InputError: If the documents do not hold that many.
     """
-    shuffled = sorted(documents, key=lambda document: _key(document.id))
-    queues = [sorted(_passages(document.text), key=lambda item: _key(*item)) for document in shuffled]
-    rounds = max(map(len, queues), default=0)
-    # one item of each document, then a second of each, ...
-    items = [queue[turn] for turn in range(rounds) for queue in queues if turn < len(queue)]
-    if len(items) < count:
-        raise InputError(
-            f"evaluation.cloze_items: expected {count} items, the {len(documents)} evaluation documents hold "
-            f"{len(items)}; lower it or use a larger corpus (corpus.source, corpus.max_documents)"
-        )
-    return [{"context": context, "target": target} for context, target in items[:count]]
+    items = spread_items(
+        documents,
+        lambda document: _passages(document.text),
+        lambda item: order_key(*item),
+        count,
+        "evaluation.cloze_items",
+    )
+    return [{"context": context, "target": target} for context, target in items]
 
 
 def write_cloze_task(documents: Sequence[Document], count: int, directory: Path, blank: str | None = None) -> Path:
     """Write the items and the lm-eval task `cloze` into a directory.
-
-    `TaskManager(include_path=directory, include_defaults=False)` finds the task; the data's cache stays in the
-    directory too.
 
     Args:
         documents: Held-out documents.
@@ -96,40 +84,22 @@ def write_cloze_task(documents: Sequence[Document], count: int, directory: Path,
     items = cloze_items(documents, count)
     if blank is not None:
         items = [{"context": f"{item['context']} {blank}", "target": f"{blank}{item['target']}"} for item in items]
-    directory = directory.absolute()
-    directory.mkdir(parents=True, exist_ok=True)
-    data_file, task_file = directory / "cloze.jsonl", directory / "cloze.yaml"
-    with atomic_file(data_file) as temporary:
-        temporary.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
-    template = Template((Path(__file__).parent / "templates" / _TEMPLATE).read_text(encoding="utf-8"))
-    # a JSON string is a YAML string
-    paths = {"data_file": json.dumps(str(data_file)), "cache_dir": json.dumps(str(directory / "cache"))}
-    with atomic_file(task_file) as temporary:
-        temporary.write_text(template.substitute(paths), encoding="utf-8")
-    return task_file
+    return write_task(_TEMPLATE, items, directory)
 
 
 def _passages(text: str) -> Iterator[tuple[str, str]]:
     """Yield (context, target) of passages that do not overlap."""
-    sentences = _SENTENCE_END.split(" ".join(text.split()))
+    sentences = split_sentences(text)
     begin = 0
     for end, sentence in enumerate(sentences):
         match = _FINAL_WORD.match(sentence)
         if not match or not _is_plain(match[2]):
             continue
-        first, words = end, len(match[1].split())
-        while words < _CONTEXT_WORDS and first > begin:
-            first -= 1
-            words += len(sentences[first].split())
-        context = " ".join([*sentences[first:end], match[1]])
-        if _CONTEXT_WORDS <= words <= _LIMIT_WORDS and first < end and match[2] in re.findall(r"\w+", context):
+        context = passage(sentences[begin:end], match[1])
+        if context is not None and match[2] in re.findall(r"\w+", context):
             yield context, f" {match[2]}"
             begin = end + 1
 
 
 def _is_plain(word: str) -> bool:
     return len(word) >= _TARGET_LETTERS and word not in _STOP_WORDS
-
-
-def _key(*parts: str) -> bytes:
-    return hashlib.sha256("\0".join(parts).encode()).digest()

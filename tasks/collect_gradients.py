@@ -1,4 +1,7 @@
-"""Step: one backward walk a candidate -> channel saliency. Gradients themselves are never stored."""
+"""Step: one backward walk a candidate -> what units are scored from. Gradients themselves are never stored.
+
+For `saliency.method: nirvana` these are channel sums, for `fisher` the units' own values.
+"""
 
 import functools
 import shutil
@@ -12,6 +15,8 @@ from safetensors.torch import save
 
 from nirvana.device import resolve_device
 from nirvana.files import atomic_directory
+from nirvana.fisher import mask_fisher
+from nirvana.projections import output_projections
 from nirvana.saliency import channel_key, channel_saliency
 from nirvana.walk import Execution, Stack
 from nirvana.weights import model_digest
@@ -25,9 +30,10 @@ if TYPE_CHECKING:
 
 
 def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
-    """Write `candidate_NNN.safetensors` for each candidate: one vector a weight slot, the objective as metadata."""
+    """Write `candidate_NNN.safetensors` for each candidate: one vector a weight slot, or for `fisher` a site."""
     device = resolve_device(params.runtime.device)
-    expected = _expected_sizes(inputs["model"])
+    method = params.saliency.method
+    expected = _expected_sizes(inputs["model"], method)
     candidates = read_ids(inputs["candidates"])
     digest = model_digest(inputs["model"])
     execution, memory = chosen_way(params, inputs["model"], candidates, device, params.saliency.microbatch)
@@ -37,7 +43,8 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
             "channel_saliency",
             model=digest,
             ids=[part[index].tolist() for part in candidates],
-            method=params.saliency.method,
+            method=method,
+            draws=params.saliency.draws if method == "fisher" else None,
             microbatch=params.saliency.microbatch,
             threads=params.compute.threads,
             device=device.type,
@@ -45,6 +52,8 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
         files = {name: inputs[name] for name in ("model", "candidates")}
         arguments = {
             "digest": digest,
+            "method": method,
+            "draws": params.saliency.draws,
             "microbatch": params.saliency.microbatch,
             "execution": execution,
             "memory": memory,
@@ -68,14 +77,21 @@ def _collect(job: Job, device: str, progress: Progress) -> bytes:
     stack = _open(job.files["model"], given["digest"], device, given["execution"])
     ids = tuple(part[job.index] for part in read_ids(job.files["candidates"]))
     share = 1 / (2 * stack.num_layers)
+    if given["method"] == "fisher":
+        values = mask_fisher(stack, ids, given["microbatch"], given["draws"], on_layer=lambda layer: progress(share))
+        return save(dict(sorted(values.items())))
     result = channel_saliency(stack, ids, given["microbatch"], lambda layer: progress(share), given["memory"])
     # safetensors writes keys in a stable order: same values, same bytes
     return save(dict(sorted(result.sums.items())), {"objective": repr(result.objective)})
 
 
-def _expected_sizes(model: Path) -> dict[str, int]:
-    slots = [slot for site in Stack.open(model).architecture.sites() for slot in site.weight_slots]
-    weights = Stack.open(model).weights
+def _expected_sizes(model: Path, method: str) -> dict[str, int]:
+    stack = Stack.open(model)
+    sites, weights = stack.architecture.sites(), stack.weights
+    if method == "fisher":
+        output_projections(stack.architecture)  # a family without them is refused before any forward
+        return {site.name: site.units for site in sites}
+    slots = [slot for site in sites for slot in site.weight_slots]
     return {channel_key(slot): weights.shape(slot.parameter)[slot.dim] for slot in slots}
 
 

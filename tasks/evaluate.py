@@ -1,10 +1,11 @@
-"""Step: quality of the pruned checkpoint, on held-out text and on lm-eval's tasks."""
+"""Step: quality of the pruned checkpoint (recovered, if asked for), on held-out text and on lm-eval's tasks."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.evaluation import evaluate_checkpoint
+from tasks.judged import judged_checkpoint
 
 if TYPE_CHECKING:
     from tasks.params import Params
@@ -12,4 +13,5 @@ if TYPE_CHECKING:
 
 def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
     """Write token perplexity and one metric a task, and beside it lm-eval's own results."""
-    evaluate_checkpoint(params, inputs["checkpoint"], inputs["evaluation"], outputs["evaluation"], outputs["lm_eval"])
+    with judged_checkpoint(inputs["checkpoint"], inputs["recovered"]) as checkpoint:
+        evaluate_checkpoint(params, checkpoint, inputs["evaluation"], outputs["evaluation"], outputs["lm_eval"])

@@ -16,10 +16,11 @@ from nirvana.errors import InputError
 from nirvana.files import write_json
 from nirvana.loading import load_config, load_model
 from nirvana.walk import Stack
-from tasks.cloze import TASK_NAME as CLOZE
 from tasks.cloze import write_cloze_task
+from tasks.continuation import write_continuation_task
 from tasks.documents import Document, read_documents
 from tasks.lm_eval_json import deterministic, headline_metrics
+from tasks.lm_eval_task import OFFLINE_TASKS
 from tasks.perplexity_text import perplexity_text
 from tasks.span_corruption import SPANS
 from tasks.way_of_computing import chosen_way
@@ -33,6 +34,7 @@ _LOG = logging.getLogger(__name__)
 
 # `paper` in evaluation.tasks: the eight of the paper's tables
 PAPER = ("wikitext", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "piqa", "boolq", "openbookqa")
+_WRITERS = {"cloze": write_cloze_task, "continuation": write_continuation_task}
 # lm-eval's own default for models that do not say; models that say 128k would fill memory with logits
 _LONGEST_CONTEXT = 2048
 # Standard errors of means are exact whatever this is, but 0 would leave them out; others are resampled.
@@ -65,7 +67,8 @@ def evaluate_checkpoint(
     blank = "<extra_id_0>" if judged.kind == SPANS else None
     # everything that can be wrong with the input is found before the model is loaded
     with tempfile.TemporaryDirectory(prefix="nirvana-evaluation-") as folder:
-        tasks, manager = _load_tasks(expand(asked.tasks), documents, asked.cloze_items, blank, Path(folder))
+        items = {"cloze": asked.cloze_items, "continuation": asked.continuation_items}
+        tasks, manager = _load_tasks(expand(asked.tasks), documents, items, blank, Path(folder))
         perplexity = judged.perplexity(Stack.open(checkpoint, device, execution))
         _LOG.info("token perplexity %.2f", perplexity)
         # without tasks, a model that does not fit into memory can be judged too
@@ -95,20 +98,22 @@ def expand(names: Sequence[str]) -> list[str]:
 
 
 def _load_tasks(
-    names: Sequence[str], documents: Sequence[Document], cloze_items: int, blank: str | None, folder: Path
+    names: Sequence[str], documents: Sequence[Document], items: Mapping[str, int], blank: str | None, folder: Path
 ) -> tuple[list[Any], "TaskManager"]:
     """Return lm-eval's task and group objects, their data read, and the index that knows them.
 
-    `cloze` is made here, from a folder of its own, and read offline. The others may need the hub: whether that is
-    allowed was decided before the hub's client was imported (see `online` in tasks/registry.py).
+    `OFFLINE_TASKS` are made here, of `items[name]` items, in a folder of their own, and read offline. The others may
+    need the hub: whether that is allowed was decided before the hub's client was imported (see `online` in
+    tasks/registry.py).
     """
     from lm_eval.tasks import TaskManager
 
     if not names:
         return [], TaskManager(include_defaults=False)
-    others = [name for name in names if name != CLOZE]
-    if CLOZE in names:
-        write_cloze_task(documents, cloze_items, folder, blank)
+    others = [name for name in names if name not in OFFLINE_TASKS]
+    for name in OFFLINE_TASKS:
+        if name in names:
+            _WRITERS[name](documents, items[name], folder, blank)
     if others:
         _LOG.info("reading the index of lm-eval's own tasks")
     manager = TaskManager(include_path=str(folder), include_defaults=bool(others))
@@ -116,7 +121,7 @@ def _load_tasks(
         raise InputError(_unknown_task(unknown[0], manager.all_tasks))
     loaded: list[Any] = []
     for name in names:
-        with _offline() if name == CLOZE else _hub_explained(name):
+        with _offline() if name in OFFLINE_TASKS else _hub_explained(name):
             loaded.extend(_top_level(manager.load([name])))
     return loaded, manager
 
@@ -124,9 +129,9 @@ def _load_tasks(
 def _unknown_task(name: str, known: Sequence[str]) -> str:
     import difflib
 
-    close = difflib.get_close_matches(name, [*known, CLOZE, "paper"], n=3)
+    close = difflib.get_close_matches(name, [*known, *OFFLINE_TASKS, "paper"], n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else "`lm_eval ls tasks` lists them"
-    return f"evaluation.tasks: expected cloze, paper or a task of lm-eval, got {name!r}; {hint}"
+    return f"evaluation.tasks: expected {', '.join(OFFLINE_TASKS)}, paper or a task of lm-eval, got {name!r}; {hint}"
 
 
 def _top_level(loaded: Mapping[str, Any]) -> list[Any]:

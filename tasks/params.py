@@ -1,7 +1,8 @@
 """The one reader of params.yaml: a frozen, validated dataclass a section.
 
 Every key must be present and no other may be: an experiment is what its params.yaml says, not what a default
-says behind its back. A field's `description` is what the error message calls "expected".
+says behind its back. The one thing that speaks for others is `method.preset`: it fills in the keys of `PRESETS` that
+are null. A field's `description` is what the error message calls "expected".
 """
 
 import difflib
@@ -30,6 +31,22 @@ PARAMS_FILE = Path("params.yaml")
 RUNTIME = "runtime"
 
 _STRICT = ConfigDict(extra="forbid")
+
+# what a preset says where params.yaml says null
+PRESETS: dict[str, dict[str, Any]] = {
+    "nirvana": {
+        "calibration.averaged": 1,
+        "saliency.method": "nirvana",
+        "allocation.ranking": "modules",
+        "compensation.method": "none",
+    },
+    "best": {
+        "calibration.averaged": 6,
+        "saliency.method": "fisher",
+        "allocation.ranking": "joint",
+        "compensation.method": "least_squares",
+    },
+}
 
 
 # A check's ValueError is what its message says after the key: expected, got, remedy.
@@ -61,6 +78,7 @@ Count = Annotated[int, Field(strict=True, ge=1, description="a whole number of 1
 Natural = Annotated[int, Field(strict=True, ge=0, description="a whole number of 0 or more")]
 Ratio = Annotated[float, Field(strict=True, ge=0, lt=1, allow_inf_nan=False, description="a number in [0, 1)")]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False, description="a finite number above 0")]
+Share = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False, description="a number in [0, 1]")]
 Window = Annotated[int, Field(strict=True, ge=2, description="a whole number of 2 or more tokens")]
 Flag = Annotated[bool, Field(strict=True, description="true or false")]
 Address = Annotated[
@@ -99,6 +117,13 @@ class Corpus:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Method:
+    """What fills in the keys that are null."""
+
+    preset: Annotated[Literal["nirvana", "best"], Field(description="nirvana or best")]
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Calibration:
     """The pool of candidate calibration sets and the held-out batch that chooses one; lengths in tokens."""
 
@@ -109,14 +134,16 @@ class Calibration:
     add_bos: Flag
     heldout_sequences: Count
     heldout_length: Window
+    averaged: Count
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Saliency:
-    """How units are scored; `microbatch` in sequences."""
+    """How units are scored; `microbatch` in sequences, `draws` in label sequences a calibration sequence."""
 
-    method: Annotated[Literal["nirvana"], Field(description="nirvana")]
+    method: Annotated[Literal["nirvana", "fisher"], Field(description="nirvana or fisher, or null for the preset's")]
     microbatch: Count
+    draws: Count
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -124,6 +151,7 @@ class Allocation:
     """How many units leave, and where."""
 
     pruning_ratio: Ratio
+    ranking: Annotated[Literal["modules", "joint"], Field(description="modules or joint, or null for the preset's")]
     gamma: Positive
     round_to: Count
     rule: Annotated[Literal["exact", "published"], Field(description="exact or published")]
@@ -136,6 +164,49 @@ class Allocation:
                 "expected rule exact with scope uniform, got published, which ranks over all layers; "
                 "change rule to exact or scope to global"
             )
+        if self.ranking == "joint" and self.rule == "published":
+            raise ValueError(
+                "expected rule exact with ranking joint, got published, which ranks each module by itself; "
+                "change rule to exact or ranking to modules"
+            )
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Compensation:
+    """How the kept weights make up for the removed ones; `sequence_length` in tokens."""
+
+    method: Annotated[
+        Literal["none", "least_squares"], Field(description="none or least_squares, or null for the preset's")
+    ]
+    ridge: Positive
+    sequences: Count
+    sequence_length: Window
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Recovery:
+    """How the pruned model is fine-tuned, if it is (`tokens` above 0); lengths in tokens, `batch` in sequences."""
+
+    tokens: Natural
+    seed: Natural
+    rank: Count
+    alpha: Positive
+    learning_rate: Positive
+    warmup: Share
+    distillation: Share
+    sequence_length: Window
+    batch: Count
+    curve_every: Count
+    merge: Flag
+
+    @model_validator(mode="after")
+    def _a_step_fits(self) -> "Recovery":
+        if 0 < self.tokens < self.batch * self.sequence_length:
+            raise ValueError(
+                f"expected tokens of one batch ({self.batch} x {self.sequence_length}) or more, or 0, got "
+                f"{self.tokens}; raise it or lower batch or sequence_length"
+            )
         return self
 
 
@@ -146,6 +217,7 @@ class Evaluation:
     window: Window
     perplexity_tokens: Count
     cloze_items: Count
+    continuation_items: Count
     tasks: Names
     limit: Annotated[Count | None, Field(description="a whole number of 1 or more, or null")]
     batch_size: Count
@@ -208,15 +280,32 @@ class Runtime:
 class Params:
     """All of params.yaml."""
 
+    method: Method
     model: Model
     corpus: Corpus
     calibration: Calibration
     saliency: Saliency
     allocation: Allocation
+    compensation: Compensation
+    recovery: Recovery
     evaluation: Evaluation
     benchmark: Benchmark
     compute: Compute
     runtime: Runtime
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "Params":
+        if self.allocation.ranking == "joint" and self.saliency.method != "fisher":
+            raise ValueError(
+                f"allocation.ranking: expected modules with saliency.method {self.saliency.method}, whose values "
+                "cannot be compared between attention and MLP, got joint; change ranking to modules or method to fisher"
+            )
+        if self.calibration.averaged > self.calibration.pool_size:
+            raise ValueError(
+                f"calibration.averaged: expected at most pool_size ({self.calibration.pool_size}), got "
+                f"{self.calibration.averaged}; lower it or raise pool_size"
+            )
+        return self
 
 
 SECTIONS: dict[str, type] = {field.name: field.type for field in fields(Params)}  # type: ignore[misc]
@@ -238,9 +327,31 @@ def parse_params(values: Any, name: str = PARAMS_FILE.name) -> Params:
     if not isinstance(values, Mapping):
         raise InputError(f"{name}: expected the sections {', '.join(SECTIONS)}, got {type(values).__name__}")
     try:
-        return TypeAdapter(Params).validate_python(dict(values))
+        return TypeAdapter(Params).validate_python(_with_preset(values))
     except ValidationError as error:
         raise InputError(f"{name}: {_explain(error)}") from None
+
+
+def _with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in what the preset says; anything odd is left for the validation to name."""
+    filled = dict(values)
+    method = filled.get("method")
+    preset = method.get("preset") if isinstance(method, Mapping) else None
+    said = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+    for dotted, value in said.items():
+        section, key = dotted.split(".")
+        given = filled.get(section)
+        if isinstance(given, Mapping) and key in given and given[key] is None:
+            if dotted == "calibration.averaged" and isinstance(given.get("pool_size"), int):
+                value = min(value, given["pool_size"])
+            filled[section] = {**given, key: value}
+    return filled
+
+
+def in_words_of_the_preset(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return flat parameters, by dotted key, with those that are null as their preset says."""
+    preset = PRESETS.get(str(values.get("method.preset")), {})
+    return {key: preset.get(key) if value is None and key in preset else value for key, value in values.items()}
 
 
 def _read_yaml(path: Path) -> Any:
@@ -271,6 +382,8 @@ def _explain(error: ValidationError) -> str:
     problem = problems[0]
     # a union adds its branches to the location ("limit", "constrained-int"): keep the keys only
     location = [part for part in problem["loc"] if isinstance(part, int | str)][:2]
+    if not location:  # a check between sections names its keys itself
+        return str(problem["ctx"]["error"])
     section, key = str(location[0]), str(location[1]) if len(location) > 1 else None
     dotted = ".".join(map(str, location))
     if problem["type"] == "unexpected_keyword_argument":

@@ -71,7 +71,7 @@ _NAMES = {"attention": "Attention", "mlp": "MLP", "kv_group": "KV groups", "mlp_
 MOST_DOTS = 32  # units a layer drawn one by one; more are drawn as a distribution
 MOST_BLOCKS = 12  # units a layer that a bar shows as blocks
 FEWEST_SLOTS = 12  # layers that a panel has room for at least: two layers do not make two walls
-WIDE = {"kept_share": 1040, "saliency": 1040, "kl_divergence": 660, "quality": 500, "cost": 500}
+WIDE = {"kept_share": 1040, "saliency": 1040, "kl_divergence": 660, "recovery": 660, "quality": 500, "cost": 500}
 NARROW = 350  # pixels: a phone's page less its margins
 COSTS = {  # key in benchmark.json -> what it is, and its kind
     "parameters": ("Parameters", "count"),
@@ -355,7 +355,42 @@ def kl_divergence(selection: Mapping[str, Any], width: int) -> Figure:
     return figure
 
 
-# --- 4. dense beside pruned -----------------------------------------------------------------------------------
+# --- 4. what fine-tuning gives back ---------------------------------------------------------------------------
+
+
+def recovery(summary: Mapping[str, Any], curve: Sequence[Mapping[str, str]], width: int) -> Figure:
+    """Draw held-out loss against tokens of fine-tuning, from the pruned model towards the dense one's level."""
+    tokens, losses = ([float(row[key]) for row in curve] for key in ("tokens", "heldout_loss"))
+    dense = summary["heldout_loss"]["dense"]
+    figure = _canvas(width, 290)
+    _text(figure, 0, 45, "Held-out loss", weight="bold")
+    _text(figure, width, 45, "nats a token, lower is better", ha="right", color=PALETTE["muted"])
+    axes = _axes(figure, 48, 58, 16, 184)
+    level = axes.axhline(dense, color=PALETTE["dense"], linewidth=2, label="dense")
+    (line,) = axes.plot(
+        tokens, losses, "o-", markersize=5, color=PALETTE["kept"], label="pruned, while it is fine-tuned"
+    )
+    margin = max((max(losses) - dense) * 0.12, 1e-6)
+    axes.set_ylim(min([dense, *losses]) - margin, max([dense, *losses]) + margin)
+    axes.annotate(
+        written(losses[-1]),
+        (tokens[-1], losses[-1]),
+        xytext=(0, 9),
+        textcoords="offset points",
+        ha="right",
+        weight="bold",
+        color=PALETTE["kept"],
+    )
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.xaxis.set_major_formatter(lambda value, _: written(value, "count", 3))
+    axes.set_xlim(-0.01 * tokens[-1], tokens[-1] * 1.02)
+    axes.set_xlabel("tokens of fine-tuning", labelpad=4)
+    _legend(figure, [line, level])
+    return figure
+
+
+# --- 5. dense beside pruned -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -468,7 +503,8 @@ def figures(inputs: Mapping[str, Path], narrow: bool = False) -> dict[str, str]:
     """Draw every figure whose files are among `inputs`.
 
     Args:
-        inputs: Paths by name, as the report step gets them; a figure whose files are absent is left out.
+        inputs: Paths by name, as the report step gets them; a figure whose files are absent is left out, and so is
+            the learning curve of a model that was not fine-tuned.
         narrow: Draw for a phone's width instead of a desk's.
 
     Returns:
@@ -484,12 +520,18 @@ def figures(inputs: Mapping[str, Path], narrow: bool = False) -> dict[str, str]:
             lambda w: saliency(*sites_and_saliency(*(inputs[i] for i in recipes["saliency"][0])), w),
         ),
         "kl_divergence": (("selection",), lambda w: kl_divergence(read_json(inputs["selection"]), w)),
+        "recovery": (
+            ("recovery", "recovery_curve"),
+            lambda w: recovery(read_json(inputs["recovery"]), read_rows(inputs["recovery_curve"]), w),
+        ),
         "quality": (
             ("evaluation_dense", "evaluation"),
             lambda w: pairs(quality_pairs(*(read_json(inputs[i]) for i in recipes["quality"][0])), w),
         ),
         "cost": (("benchmark",), lambda w: pairs(cost_pairs(read_json(inputs["benchmark"])), w)),
     }
+    if "recovery" in inputs and not read_json(inputs["recovery"])["tokens"]:
+        del recipes["recovery"]  # nothing was asked for
     drawn = {}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a user's matplotlibrc must not change the bytes

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from nirvana.errors import InputError
 from nirvana.files import read_json, write_json
 from tasks.mlflow_store import is_reachable_default, open_store, public_uri
+from tasks.params import in_words_of_the_preset
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -28,6 +29,7 @@ LOCK = Path("dvc.lock")
 RUN_FILE = Path("reports/mlflow_run.json")
 DIGEST_TAG = "nirvana.experiment_digest"
 CHECKPOINT = "artifacts/checkpoint"
+RECOVERED = "artifacts/recovered"
 
 # what they write is a measurement, or shows one: it differs each time, the experiment does not
 _MEASURING = ("benchmark", "report", "record")
@@ -48,7 +50,7 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
     digest = experiment_digest(stages)
     with open_store() as (client, experiment_id):
         run_id, is_new = _find_or_create(client, experiment_id, digest, inputs)
-        _log_parameters(client, run_id, parameters(stages))
+        _log_parameters(client, run_id, in_words_of_the_preset(parameters(stages)))
         _log_metrics(client, run_id, inputs)
         _log_datasets(client, run_id, stages)
         for tag, value in _references(stages).items():
@@ -182,16 +184,28 @@ def _scalars(inputs: Mapping[str, Path]) -> Iterator[tuple[str, float]]:
     documents = {
         "plan": {key: plan[key] for key in ("requested_ratio", "achieved_ratio")},
         "selection": {key: value for key, value in read_json(inputs["selection"]).items() if key != "scores"},
-        **{name: read_json(inputs[name]) for name in ("evaluation", "evaluation_dense", "benchmark")},
+        **{name: read_json(inputs[name]) for name in ("recovery", "evaluation", "evaluation_dense", "benchmark")},
+        "kl_divergence": _divergence(inputs),
     }
     for key, value in _flatten(documents):
         if isinstance(value, int | float) and not isinstance(value, bool):
             yield key, float(value)
 
 
+def _divergence(inputs: Mapping[str, Path]) -> float:
+    """Return the KL of the checkpoint: measured on it, or known from the selection."""
+    measured = read_json(inputs["divergence"])["kl_divergence"]
+    return read_json(inputs["selection"])["kl_divergence"] if measured is None else measured
+
+
 def _series(inputs: Mapping[str, Path]) -> Iterator[tuple[str, int, float]]:
     for candidate, score in enumerate(read_json(inputs["selection"])["scores"]):
         yield "kl_divergence_by_candidate", candidate, float(score)
+    with inputs["recovery_curve"].open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            for name in ("training_loss", "heldout_loss", "heldout_kl"):
+                if row[name]:
+                    yield f"recovery.{name}_by_tokens", int(row["tokens"]), float(row[name])
     with inputs["allocation"].open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             yield f"kept_share_by_layer.{row['module']}", int(row["layer"]), float(row["kept_share"])
@@ -219,9 +233,12 @@ def _log_datasets(client: "MlflowClient", run_id: str, stages: Mapping[str, Any]
 def _references(stages: Mapping[str, Any]) -> dict[str, str]:
     """Return tags that point to what is too big to copy."""
     digests = _output_digests(stages)
+    big = {"checkpoint": CHECKPOINT, "model": "data/model"}
+    if parameters(stages).get("recovery.tokens"):
+        big["recovered"] = RECOVERED
     return {
         f"nirvana.{name}.{what}": value
-        for name, path in (("checkpoint", CHECKPOINT), ("model", "data/model"))
+        for name, path in big.items()
         if path in digests
         for what, value in (("path", path), ("md5", digests[path]))
     }
@@ -237,9 +254,12 @@ def _log_files(client: "MlflowClient", run_id: str, inputs: Mapping[str, Path]) 
     for name in (
         "plan",
         "selection",
+        "divergence",
         "report",
         "kl_scores",
         "allocation",
+        "recovery",
+        "recovery_curve",
         "lm_eval",
         "lm_eval_dense",
         "benchmark",

@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.code_files import code_files
+from tasks.lm_eval_task import OFFLINE_TASKS
 
 if TYPE_CHECKING:
     from tasks.params import Params
 
 # everything but `runtime`, which may not change a result
 EXPERIMENT = (
+    "method",
     "model",
     "corpus",
     "calibration",
     "saliency",
     "allocation",
+    "compensation",
+    "recovery",
     "evaluation",
     "benchmark",
     "compute",
@@ -72,8 +76,10 @@ class Step:
 
 def _hub_tasks(params: "Params") -> bool:
     """lm-eval fetches the data of every task that is not ours."""
-    return any(task != "cloze" for task in params.evaluation.tasks)
+    return any(task not in OFFLINE_TASKS for task in params.evaluation.tasks)
 
+
+_PRESET = "method.preset"  # for steps that read a key it may fill in
 
 # `import nirvana` makes transformers load a pruned checkpoint with this class
 _PRUNED_CLASSES = ("nirvana/checkpoint/modeling_nirvana.py",)
@@ -93,35 +99,53 @@ STEPS: tuple[Step, ...] = (
         {
             "candidates": Out("data/candidates.safetensors"),
             "heldout": Out("data/heldout.safetensors"),
+            "compensation_ids": Out("data/compensation.safetensors"),
             "evaluation": Out("data/evaluation"),
         },
-        ("calibration",),
+        ("calibration", "compensation.method", "compensation.sequences", "compensation.sequence_length", _PRESET),
     ),
     Step(
         "collect_gradients",
         ("model", "candidates"),
         {"channel_saliency": Out("artifacts/channel_saliency")},
-        ("saliency", "compute"),
+        ("saliency", "compute", _PRESET),
     ),
     Step(
         "aggregate_saliency",
         ("model", "channel_saliency"),
         {"unit_saliency": Out("artifacts/unit_saliency")},
-        ("saliency.method",),
+        ("saliency.method", _PRESET),
     ),
     Step(
         "score_pool",
         ("model", "heldout", "unit_saliency"),
         {"kl_scores": Out("reports/kl_scores.csv"), "selection": Out("artifacts/selection.json", metric=True)},
-        ("allocation", "compute"),
+        ("allocation", "compute", _PRESET),
     ),
     Step(
         "allocate",
-        ("model", "candidates", "unit_saliency", "selection"),
+        ("model", "candidates", "unit_saliency", "selection", "compensation_ids"),
         {"plan": Out("artifacts/plan.json", metric=True), "allocation": Out("reports/allocation.csv")},
-        ("allocation", "saliency.method"),
+        ("allocation", "calibration.averaged", "saliency.method", "compensation.method", "compensation.ridge", _PRESET),
     ),
-    Step("prune", ("model", "plan"), {"checkpoint": Out("artifacts/checkpoint")}),
+    Step(
+        "prune",
+        ("model", "plan", "heldout", "compensation_ids"),
+        {"checkpoint": Out("artifacts/checkpoint"), "divergence": Out("reports/divergence.json", metric=True)},
+        ("compute",),
+    ),
+    Step(
+        "recover",
+        ("model", "corpus", "heldout", "checkpoint"),
+        {
+            "recovered": Out("artifacts/recovered"),
+            "recovery": Out("reports/recovery.json", metric=True),
+            "recovery_curve": Out("reports/recovery.csv"),
+        },
+        ("recovery", "calibration.add_bos", "compute"),
+        code=_PRUNED_CLASSES,
+        torch=False,  # unless there is something to recover: the step sees to it itself
+    ),
     Step(
         "evaluate_dense",
         ("model", "evaluation"),
@@ -134,7 +158,7 @@ STEPS: tuple[Step, ...] = (
     ),
     Step(
         "evaluate",
-        ("checkpoint", "evaluation"),
+        ("checkpoint", "recovered", "evaluation"),
         {
             "evaluation_pruned": Out("reports/evaluation.json", metric=True),
             "lm_eval": Out("reports/lm_eval.json"),
@@ -145,7 +169,7 @@ STEPS: tuple[Step, ...] = (
     ),
     Step(
         "benchmark",
-        ("model", "checkpoint"),
+        ("model", "checkpoint", "recovered"),
         {"benchmark": Out("reports/benchmark.json", metric=True)},
         ("benchmark", "compute"),
         code=_PRUNED_CLASSES,
@@ -158,6 +182,9 @@ STEPS: tuple[Step, ...] = (
             "kl_scores",
             "allocation",
             "unit_saliency",
+            "divergence",
+            "recovery",
+            "recovery_curve",
             "evaluation_pruned",
             "evaluation_dense",
             "benchmark",
@@ -174,6 +201,9 @@ STEPS: tuple[Step, ...] = (
             "kl_scores",
             "allocation",
             "unit_saliency",
+            "divergence",
+            "recovery",
+            "recovery_curve",
             "evaluation_pruned",
             "evaluation_dense",
             "lm_eval",

@@ -23,7 +23,19 @@ if TYPE_CHECKING:
     from tasks.params import Params
 
 TEMPLATE = "report.html.j2"
-SECTIONS = ("model", "corpus", "calibration", "saliency", "allocation", "evaluation", "benchmark", "compute")
+SECTIONS = (
+    "method",
+    "model",
+    "corpus",
+    "calibration",
+    "saliency",
+    "allocation",
+    "compensation",
+    "recovery",
+    "evaluation",
+    "benchmark",
+    "compute",
+)
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "datasets", "lm_eval", "matplotlib")
 
 
@@ -48,9 +60,9 @@ def render(params: "Params", inputs: Mapping[str, Path]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(num=num, arrow=arrow, signed=signed, title=title_of)
-    plan, selection, benchmark, dense, pruned = (
-        read_json(inputs[name]) for name in ("plan", "selection", "benchmark", "evaluation_dense", "evaluation")
-    )
+    names = ("plan", "selection", "divergence", "recovery", "benchmark", "evaluation_dense", "evaluation")
+    plan, selection, divergence, recovery, benchmark, dense, pruned = (read_json(inputs[name]) for name in names)
+    measured = divergence["kl_divergence"]
     layers = read_rows(inputs["allocation"])
     wide, narrow = (
         {name: themed(svg) for name, svg in figures(inputs, narrow=is_narrow).items()} for is_narrow in (False, True)
@@ -60,11 +72,14 @@ def render(params: "Params", inputs: Mapping[str, Path]) -> str:
         params=params,
         plan=plan,
         selection=selection,
+        divergence=selection["kl_divergence"] if measured is None else measured,
         benchmark=benchmark,
         dense=dense,
         pruned=pruned,
         layers=[{key: value if key == "module" else json.loads(value) for key, value in row.items()} for row in layers],
         candidates=read_rows(inputs["kl_scores"]),
+        recovery=recovery,
+        curve=read_rows(inputs["recovery_curve"]),
         modules=module_ratios(layers, plan),
         tasks=task_rows(dense["tasks"], pruned["tasks"]),
         costs=COSTS,
@@ -140,7 +155,7 @@ def requested_rates(
     A rate that would pass its cap (one KV group, or one block of neurons, stays in every layer) is clipped there
     and the other one meets the total, but for the published rule, which knows no caps.
     """
-    if set(groups) != {"attention", "mlp"}:
+    if set(groups) != {"attention", "mlp"} or parameters.get("gamma") is None:  # a joint ranking asks for no rates
         return {}
     least = {"attention": 1, "mlp": parameters["round_to"]}
     weights, removable = (

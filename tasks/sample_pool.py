@@ -6,6 +6,8 @@ of the pool never changes what is judged, and adding a document moves no other.
 Calibration documents are put in an order by hash and seed; each candidate takes the next few of them. A larger pool
 therefore begins with the same candidates, as long as one sequence a document is enough to fill it.
 
+Compensation fits on sequences of its own, from the same calibration documents: it needs more of them than saliency.
+
 For an encoder-decoder each sequence of text then becomes a source and a target (tasks/span_corruption.py); the lengths
 in params.yaml are those of the text.
 """
@@ -42,7 +44,7 @@ _HELDOUT_BELOW = 0.8
 
 
 def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
-    """Write the pool, the held-out batch and the evaluation documents.
+    """Write the pool, the held-out batch, what compensation fits on and the evaluation documents.
 
     Raises:
         InputError: If the corpus is too small for the pool, or the tokenizer does not fit the model.
@@ -70,6 +72,7 @@ def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path])
         order=heldout_order,
         names=("one held-out batch", "calibration.heldout_sequences", "calibration.heldout_length"),
     )
+    fitted = _drawn_for_compensation(params, splits["calibration"], encoder)
     if not splits["evaluation"]:
         raise InputError(
             f"corpus: expected documents to evaluate on, none of its {sum(map(len, splits.values()))} fell into the "
@@ -81,9 +84,27 @@ def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path])
     heldout_batch = _tensors(heldout.input_ids[0], pairs, heldout_order)
     _save(pool, candidates, outputs["candidates"])
     _save(heldout, heldout_batch, outputs["heldout"])
+    _save(fitted, _tensors(fitted.input_ids, pairs, f"compensation {calibration.seed}"), outputs["compensation_ids"])
     with atomic_directory(outputs["evaluation"]) as directory:
         write_documents(directory / "documents.jsonl", splits["evaluation"])
     _LOG.info("pool of %s tokens from %d documents", pool.input_ids.shape, sum(map(len, pool.documents)))
+
+
+def _drawn_for_compensation(params: Params, documents: Sequence[Document], encoder: Encoder) -> Pool:
+    """Return the sequences that compensation fits on: none where there is no compensation."""
+    asked = params.compensation
+    if asked.method == "none":
+        return Pool(np.empty((0, asked.sequence_length), dtype=np.int64), [])
+    drawn = draw(
+        documents,
+        encoder,
+        batches=1,
+        sequences=asked.sequences,
+        length=asked.sequence_length,
+        order=f"compensation {params.calibration.seed}",
+        names=("one batch for compensation", "compensation.sequences", "compensation.sequence_length"),
+    )
+    return Pool(drawn.input_ids[0], drawn.documents)
 
 
 def split_documents(documents: Sequence[Document]) -> dict[str, list[Document]]:
@@ -238,7 +259,7 @@ def _hash(*parts: str) -> int:
 
 def _tensors(text: np.ndarray, pairs: PairMaker | None, order: str) -> dict[str, np.ndarray]:
     """Return what the model reads for text `[..., length]`: the text itself, or sources and targets of it."""
-    if pairs is None:
+    if pairs is None or not text.size:
         return {"input_ids": text}
     made = pairs(text.reshape(-1, text.shape[-1]), order)
     ids = {"input_ids": made.input_ids, "decoder_input_ids": made.decoder_input_ids}

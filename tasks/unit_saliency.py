@@ -1,6 +1,7 @@
-"""Read unit saliency back, and allocate from it as the parameters say."""
+"""Read unit saliency back, average the best candidates', and allocate from it as the parameters say."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,20 @@ def read_unit_saliency(file: Path) -> dict[str, NDArray[np.float32]]:
     return load_file(file)
 
 
+def best_candidates(scores: Sequence[float], count: int) -> list[int]:
+    """Return the `count` candidates of smallest KL, in their own order."""
+    return sorted(np.argsort(np.asarray(scores), kind="stable")[:count].tolist())
+
+
+def averaged_saliency(files: Sequence[Path], scores: Sequence[float], count: int) -> dict[str, NDArray[np.float32]]:
+    """Return the mean unit saliency of the `count` best candidates; of one, its own values."""
+    each = [read_unit_saliency(files[index]) for index in best_candidates(scores, count)]
+    if count == 1:
+        return each[0]
+    means = {name: np.stack([values[name] for values in each]).mean(axis=0, dtype=np.float64) for name in each[0]}
+    return {name: values.astype(np.float32) for name, values in means.items()}
+
+
 def allocate_as_asked(
     architecture: Architecture, saliency: dict[str, NDArray[np.float32]], allocation: "Allocation"
 ) -> Keep:
@@ -38,5 +53,6 @@ def allocate_as_asked(
         round_to=allocation.round_to,
         rule=allocation.rule,
         scope=allocation.scope,
+        ranking=allocation.ranking,
         loadable_kv_groups=functools.partial(loadable_kv_groups, architecture),
     )

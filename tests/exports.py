@@ -1,5 +1,6 @@
 """A tiny dense model with its pruned checkpoint, and exports of it, for tests."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,11 @@ import torch
 from safetensors.torch import save_file
 from tiny import random_keep, save_family, tiny_tokenizer
 
+from nirvana.calibration import calibration_digest
 from nirvana.checkpoint.export import Options, export_checkpoint
-from nirvana.plan import PLAN_NAME, Plan
+from nirvana.plan import PLAN_NAME, Compensation, Plan
 from nirvana.surgery import prune
-from nirvana.walk import Stack
+from nirvana.walk import Stack, as_streams
 from nirvana.weights import model_digest
 
 
@@ -47,6 +49,13 @@ def make_checkpoint(name, root: Path) -> Path:
     save_file(saliency, root / "saliency.safetensors")
     prune(model, write_plan(root, {sites[0].name: np.arange(sites[0].units)}), root / "pruned")
     return root
+
+
+def with_compensation(plan: Plan, ids, file: Path, ridge: float = 0.1) -> Plan:
+    """Save token ids; return the plan with a compensation that is fitted on them."""
+    names = ("input_ids", "decoder_input_ids")
+    save_file(dict(zip(names, as_streams(ids), strict=False)), file)
+    return replace(plan, compensation=Compensation(ridge, calibration_digest(ids)))
 
 
 def exported(root: Path, to: str, target: str | None = None, **arguments):

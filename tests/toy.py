@@ -1,4 +1,4 @@
-"""A checkout whose thirteen steps are toys: the real flow, registry, parameters, DVC and MLflow, milliseconds of work.
+"""A checkout whose fourteen steps are toys: the real flow, registry, parameters, DVC and MLflow, milliseconds of work.
 
 A toy step writes a digest of its inputs and declared parameters, so a wrong output shows, and a line to
 .cache/runs.log, so that a recomputation shows.
@@ -37,6 +37,7 @@ _COPIED = (
     "tasks/child.py",
     "tasks/code_files.py",
     "tasks/estimates.py",
+    "tasks/lm_eval_task.py",
     "tasks/mlflow_store.py",
     "tasks/params.py",
     "tasks/process.py",
@@ -77,8 +78,7 @@ def toy(name, values, inputs, outputs):
         if key in REPORTS:
             write_json(path, REPORTS[key](number))
         elif path.suffix == ".csv":
-            path.write_text("candidate,kl_divergence,selected\\n0,%r,1\\n" % number if key == "kl_scores" else
-                "layer,module,units,kept,kept_share,weights,kept_weights\\n0,mlp,10,8,0.8,100,%r\\n" % number)
+            path.write_text(TABLES[key] % number)
         elif path.suffix:
             path.write_text(state.hexdigest())
         else:
@@ -92,12 +92,19 @@ def side(x):
     return {"parameters": 1000, "checkpoint_bytes": 4000, "prefill_tokens_per_second": 10 * x,
             "decode_tokens_per_second": x, "peak_bytes": 123456}
 
+TABLES = {
+    "kl_scores": "candidate,kl_divergence,selected\\n0,%r,1\\n",
+    "allocation": "layer,module,units,kept,kept_share,weights,kept_weights\\n0,mlp,10,8,0.8,100,%r\\n",
+    "recovery_curve": "tokens,training_loss,heldout_loss,heldout_kl\\n64,,%r,\\n",
+}
 REPORTS = {
     "evaluation": evaluation,
     "evaluation_dense": evaluation,
     "lm_eval": lambda x: {"results": x},
     "lm_eval_dense": lambda x: {"results": x},
     "selection": lambda x: {"selected": 0, "kl_divergence": x, "mean": x, "margin": None, "scores": [x]},
+    "divergence": lambda x: {"kl_divergence": None},
+    "recovery": lambda x: {"form": "none", "tokens": 0, "heldout_loss": {"dense": x, "pruned": x, "recovered": x}},
     "benchmark": lambda x: {"dense": side(x), "pruned": side(x), "ratio": {}, "warning": None},
     "plan": lambda x: {"model": {"model_type": "toy"}, "requested_ratio": 0.2,
                        "achieved_ratio": {"total": x, "attention": x, "mlp": x}, "sites": []},

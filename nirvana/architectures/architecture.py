@@ -154,6 +154,16 @@ class Architecture(ABC):
     """Factor on what the head reads (T5)."""
     logit_softcap: float | None = None
     """Logits are c · tanh(logits / c) where it is set (Gemma)."""
+    residual_scale: float | None = 1.0
+    """What an output projection writes is multiplied by this and added to the stream; None where a norm comes between
+    (Gemma)."""
+
+    norm_offset: float = 0.0
+    """The last norm multiplies by its weight plus this (Gemma: 1)."""
+
+    def written_stream(self, layer: int) -> int:
+        """Return which of the streams a layer adds to."""
+        return 0
 
     def embed(self, vectors: Sequence[Tensor]) -> Streams:
         """Return the streams that enter layer 0, from the embeddings of each stream's token ids."""

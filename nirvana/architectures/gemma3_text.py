@@ -17,6 +17,8 @@ class Gemma3Text(DecoderArchitecture):
     model_type = "gemma3_text"
     attention = "by_layer"
     qkv_bias = "attention_bias"
+    norm_offset = 1.0
+    residual_scale = None  # each branch has a norm after its output projection
 
     def __init__(self, config: PretrainedConfig):
         super().__init__(config)

@@ -16,6 +16,7 @@ class Granite(DecoderArchitecture):
         super().__init__(config)
         self.embedding_scale = config.embedding_multiplier
         self.output_scale = 1 / config.logits_scaling
+        self.residual_scale = config.residual_multiplier
 
 
 FAMILY = Granite

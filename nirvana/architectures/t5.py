@@ -151,6 +151,10 @@ class T5(Architecture):
 
     # -- walk ----------------------------------------------------------------------------------------------------
 
+    def written_stream(self, layer: int) -> int:
+        """Return 0 for a layer of the encoder, 1 for one of the decoder."""
+        return int(layer >= self.config.num_layers)
+
     def _build_skeleton(self) -> Any:
         return AutoModelForSeq2SeqLM.from_config(self.config)
 

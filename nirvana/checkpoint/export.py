@@ -10,14 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nirvana.allocation import Keep
 from nirvana.checkpoint import export_gguf, export_hf, export_padded, export_uniform
 from nirvana.checkpoint.export_source import Format, Options, Source, is_disk_full
 from nirvana.checkpoint.parity import Parity, check, compare, masked_logits
 from nirvana.checkpoint.parity_ids import parity_ids
 from nirvana.errors import InputError
 from nirvana.files import atomic_directory, write_json
-from nirvana.plan import PLAN_NAME
+from nirvana.plan import PLAN_NAME, Plan
 
 EXPORT_NAME = "nirvana_export.json"
 FORMATS: dict[str, Format] = {
@@ -26,6 +25,7 @@ FORMATS: dict[str, Format] = {
     "padded": export_padded.FORMAT,
     "gguf": export_gguf.FORMAT,
 }
+_NOT_COMPENSATED = "not compensated: other units stay than in the checkpoint, with the dense model's weights"
 _RUNTIMES = ("torch", "transformers", "gguf", "xllamacpp")
 
 
@@ -35,6 +35,8 @@ class Exported:
 
     directory: Path
     parity: Parity
+    note: str | None = None
+    """What it does not have of its checkpoint."""
 
 
 def export_checkpoint(
@@ -80,11 +82,12 @@ def export_checkpoint(
             on_stage("writing")
             plan = form.write(source, options, temporary)
             on_stage("verifying")
-            parity = _verify(source, form, options, temporary, plan.keep, tokens)
+            parity = _verify(source, form, options, temporary, plan, tokens)
             check(parity, to)
             form.finish(temporary, parity)
             plan.write(temporary / PLAN_NAME)
-            write_json(temporary / EXPORT_NAME, _metadata(to, options, plan.model_digest, parity))
+            note = None if plan.compensation == source.plan.compensation else _NOT_COMPENSATED
+            write_json(temporary / EXPORT_NAME, _metadata(to, options, plan, parity, note))
     except OSError as error:
         if not is_disk_full(error):
             raise
@@ -92,7 +95,7 @@ def export_checkpoint(
             f"{final}: the disk became full while the export was written ({error.strerror}); "
             "free some space and run again"
         ) from error
-    return Exported(final, parity)
+    return Exported(final, parity, note)
 
 
 def _path(value: Path | str | None) -> Path | None:
@@ -113,12 +116,13 @@ def _check_target(target: Path, sources: tuple[Path, ...]) -> None:
         )
 
 
-def _verify(source: Source, form: Format, options: Options, directory: Path, keep: Keep, tokens: Any) -> Parity:
+def _verify(source: Source, form: Format, options: Options, directory: Path, plan: Plan, tokens: Any) -> Parity:
     """Compare the written files with the dense model masked by their plan."""
     length = (tokens[-1] if isinstance(tokens, tuple) else tokens).shape[-1]
     positions = form.positions(source, length)
     measured = form.measure(source, directory, tokens, positions)
-    reference = masked_logits(source.model, keep, tokens, positions)
+    updates = None if plan.compensation is None else source.compensated()
+    reference = masked_logits(source.model, plan.keep, tokens, positions, updates)
     return compare(
         reference.log_softmax(dim=1) if measured.quantity == "log-probabilities" else reference,
         measured.values,
@@ -129,18 +133,22 @@ def _verify(source: Source, form: Format, options: Options, directory: Path, kee
     )
 
 
-def _metadata(to: str, options: Options, digest: str, parity: Parity) -> dict[str, object]:
+def _metadata(to: str, options: Options, plan: Plan, parity: Parity, note: str | None) -> dict[str, object]:
     versions = {}
     for name in _RUNTIMES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    reference = f"the dense model masked by {PLAN_NAME}"
+    if plan.compensation is not None:
+        reference += ", with what compensation solved for taken from the checkpoint"
     return {
+        **({} if note is None else {"note": note}),
         "schema_version": 1,
         "format": to,
         "weight_type": options.weight_type if to == "gguf" else None,
-        "model": {"digest": digest},
-        "parity": asdict(parity) | {"reference": "the dense model masked by nirvana_plan.json"},
+        "model": {"digest": plan.model_digest},
+        "parity": asdict(parity) | {"reference": reference},
         "versions": versions,
     }

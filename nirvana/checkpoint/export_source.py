@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nirvana.checkpoint.parity import Parity
+from nirvana.checkpoint.recovered import RECOVERY_NAME
 from nirvana.errors import InputError
 from nirvana.plan import PLAN_NAME, Plan
+from nirvana.solved import compensated_parameters
 from nirvana.walk import Stack
 from nirvana.weights import model_digest
 
@@ -34,12 +36,18 @@ class Source:
         """Open both and make sure that they belong together.
 
         Raises:
-            InputError: If the checkpoint has no plan, either cannot be read, or the plan is of another model.
+            InputError: If the checkpoint has no plan or was fine-tuned, either cannot be read, or the plan is of
+                another model.
         """
         if not (checkpoint / PLAN_NAME).is_file():
             raise InputError(
                 f"{checkpoint}: expected a pruned checkpoint with {PLAN_NAME}, found none; "
                 "name the directory that the prune step wrote"
+            )
+        if (checkpoint / RECOVERY_NAME).is_file():
+            raise InputError(
+                f"{checkpoint}: expected the checkpoint that prune wrote, got one that was fine-tuned, which cannot be "
+                "compared with the masked dense model; export the pruned one"
             )
         plan = Plan.read(checkpoint / PLAN_NAME)
         pruned, dense = Stack.open(checkpoint), Stack.open(model)
@@ -55,6 +63,10 @@ class Source:
             )
         plan.check_fits(sites, model_digest(model))
         return cls(checkpoint, model, plan, pruned, dense)
+
+    def compensated(self) -> dict[str, Tensor]:
+        """Return what compensation may have solved for, by name: views of the checkpoint's pages, read when used."""
+        return {name: self.pruned.weights[name] for name in sorted(compensated_parameters(self.dense.architecture))}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""`uniform`: the plan's settings allocated again with equal counts in every layer, so that stock classes load it."""
+"""`uniform`: the plan's settings allocated again with equal counts in every layer, so that stock classes load it.
+
+Other units stay than in the checkpoint, cut from the dense model: what compensation solved for is not theirs and does
+not come along.
+"""
 
 import functools
 import json
@@ -9,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from nirvana.allocation import allocate
+from nirvana.allocation import Ranking, allocate
 from nirvana.checkpoint.config import loadable_kv_groups
 from nirvana.checkpoint.export_hf import TOLERANCE, every_position, measure_in_transformers
 from nirvana.checkpoint.export_source import Format, Options, Source
@@ -44,7 +48,9 @@ def _uniform_plan(source: Source, saliency: dict[str, NDArray[np.float32]], sali
     asked = source.plan.parameters
     architecture = source.dense.architecture
     try:
-        ratio, gamma, round_to = float(asked["pruning_ratio"]), float(asked["gamma"]), int(asked["round_to"])
+        ratio, round_to = float(asked["pruning_ratio"]), int(asked["round_to"])
+        ranking: Ranking = "joint" if asked.get("ranking") == "joint" else "modules"
+        gamma = 1.0 if ranking == "joint" else float(asked["gamma"])  # a joint ranking has none
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(
             f"uniform: expected a plan with the parameters pruning_ratio, gamma and round_to, got one without "
@@ -58,6 +64,7 @@ def _uniform_plan(source: Source, saliency: dict[str, NDArray[np.float32]], sali
         round_to=round_to,
         rule="exact",
         scope="uniform",
+        ranking=ranking,
         loadable_kv_groups=functools.partial(loadable_kv_groups, architecture),
     )
     return Plan.build(

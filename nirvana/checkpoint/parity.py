@@ -1,7 +1,8 @@
 """Whether exported files say what the pruned model says: logits compared on real tokens.
 
 The reference is the dense model with the weights of all condemned units set to zero, walked layer by layer. It shares
-neither files nor slicing code with what is compared to it.
+neither files nor slicing code with what is compared to it, but for the parameters of a compensated checkpoint that were
+solved for: no plan says what is in them, so what is kept of them is the checkpoint's own.
 """
 
 import dataclasses
@@ -60,10 +61,24 @@ class Parity:
 
 
 class MaskedWeights(WeightFiles):
-    """A dense model's tensors with the parameters of condemned units set to zero."""
+    """A dense model's tensors with the parameters of condemned units set to zero.
 
-    def __init__(self, model_directory: Path | str, sites: Iterable[Site], keep: Mapping[str, NDArray[np.int64]]):
+    Args:
+        model_directory: The dense model.
+        sites: Its sites.
+        keep: Kept units by site name.
+        updates: Output projections, sliced, which take the place of the kept columns; other parameters, in whole.
+    """
+
+    def __init__(
+        self,
+        model_directory: Path | str,
+        sites: Iterable[Site],
+        keep: Mapping[str, NDArray[np.int64]],
+        updates: Mapping[str, Tensor] | None = None,
+    ):
         super().__init__(model_directory)
+        self._updates = updates or {}
         self._condemned: dict[str, list[tuple[Slot, Tensor]]] = {}
         for site in sites:
             units = np.setdiff1d(np.arange(site.units), keep[site.name])
@@ -74,19 +89,28 @@ class MaskedWeights(WeightFiles):
                     self._condemned.setdefault(slot.parameter, []).append((slot, torch.from_numpy(rows.ravel())))
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return one tensor, a masked copy where units leave."""
+        """Return one tensor, a copy where it is masked or updated."""
         tensor = super().__getitem__(name)
-        if name not in self._condemned:
+        if name not in self._condemned and name not in self._updates:
             return tensor
         tensor = tensor.clone()
-        for slot, rows in self._condemned[name]:
+        for slot, rows in self._condemned.get(name, ()):
             tensor.index_fill_(slot.dim, rows, 0)
+        if name in self._updates:
+            kept = torch.ones(tensor.shape[-1], dtype=torch.bool)
+            for _, columns in self._condemned.get(name, ()):
+                kept[columns] = False
+            tensor[..., kept] = self._updates[name]
         return tensor
 
 
 @torch.no_grad()
 def masked_logits(
-    model_directory: Path | str, keep: Mapping[str, NDArray[np.int64]], ids: Any, positions: NDArray[np.int64]
+    model_directory: Path | str,
+    keep: Mapping[str, NDArray[np.int64]],
+    ids: Any,
+    positions: NDArray[np.int64],
+    updates: Mapping[str, Tensor] | None = None,
 ) -> Float[Tensor, "positions vocab"]:
     """Return the logits of the dense model with all other units zeroed: one layer in memory at a time.
 
@@ -95,9 +119,10 @@ def masked_logits(
         keep: Kept units by site name.
         ids: One sequence, as `Stack.embed` takes it.
         positions: Which positions of the sequence that is predicted.
+        updates: See `MaskedWeights`.
     """
     stack = Stack.open(model_directory, execution="streamed")
-    weights = MaskedWeights(model_directory, stack.architecture.sites(), keep)
+    weights = MaskedWeights(model_directory, stack.architecture.sites(), keep, updates)
     masked = dataclasses.replace(stack, weights=weights)
     hidden = dense_hidden_states(masked, ids)[0, torch.from_numpy(positions)]
     head = masked.head_weight()

@@ -79,8 +79,9 @@ def export(
 ) -> None:
     """Write a pruned checkpoint in a form that other tools load, verified before it appears.
 
-    A fresh load of the files must give the logits of the dense model with all condemned units zeroed, on real tokens;
-    the largest difference is printed and kept in nirvana_export.json. Otherwise nothing is written.
+    A fresh load of the files must give the logits of the dense model with all condemned units zeroed, on real tokens
+    (in a compensated checkpoint, what was solved for is taken as it is); the largest difference is printed and kept in
+    nirvana_export.json. Otherwise nothing is written.
     """
     import sys
 
@@ -104,4 +105,5 @@ def export(
             ids=ids,
             on_stage=status.update,
         )
-    typer.echo(f"wrote {printable(done.directory)}: {done.parity.line()}")
+    note = "" if done.note is None else f"; {done.note}"
+    typer.echo(f"wrote {printable(done.directory)}: {done.parity.line()}{note}")

@@ -61,7 +61,8 @@ def diff(
 
 @app.command(
     epilog="Examples:\n\n  nirvana plan apply artifacts/plan.json data/model --to my-checkpoint\n\n"
-    "  nirvana plan apply artifacts/plan.json fine-tuned-copy --to my-checkpoint --force"
+    "  nirvana plan apply artifacts/plan.json fine-tuned-copy --to my-checkpoint --force\n\n"
+    "  nirvana plan apply artifacts/plan.json data/model --to my-checkpoint --calibration data/compensation.safetensors"
 )
 def apply(
     plan: PlanPath,
@@ -74,10 +75,20 @@ def apply(
             show_default=False,
         ),
     ],
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The token ids that the plan's compensation is fitted on: needed where it has one (plan show).",
+            show_default=False,
+        ),
+    ] = None,
     force: Force = False,
 ) -> None:
     """Write the pruned checkpoint that a plan describes: the same bytes every time, whole or not at all."""
     content = Plan.read(plan)
+    if calibration is not None and content.compensation is None:
+        raise InputError("--calibration: expected a plan with a compensation beside it, got one without; leave it out")
     import sys
 
     from rich.console import Console
@@ -87,10 +98,20 @@ def apply(
     from nirvana.weights import WeightFiles, weight_files
 
     console = Console(stderr=True)
-    columns = TextColumn("writing"), BarColumn(), MofNCompleteColumn(), TextColumn("tensors")
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("", total=len(list(WeightFiles(model))))
-        prune(model, content, to, on_tensor=lambda name: progress.advance(task), match_digest=not force)
+        layers = progress.add_task("compensating layers", total=content.num_layers, visible=calibration is not None)
+        tensors = progress.add_task("writing tensors", total=len(list(WeightFiles(model))))
+        prune(
+            model,
+            content,
+            to,
+            on_tensor=lambda name: progress.advance(tensors),
+            match_digest=not force,
+            calibration=calibration,
+            execution="streamed",  # each layer is read once anyway
+            on_layer=lambda layer: progress.advance(layers),
+        )
     size = sum(file.stat().st_size for file in weight_files(to))
     dense = sum(file.stat().st_size for file in weight_files(model))
     typer.echo(f"wrote {printable(to)}: {size / 1e6:.1f} MB of weights, {size / dense:.1%} of the dense model's")

@@ -32,6 +32,7 @@ def show(path: Path, plan: Plan) -> None:
     facts.add_row("plan", _text(path))
     facts.add_row("model", _text(f"{model['model_type']}, {model['num_layers']} layers, {_digest(model['digest'])}"))
     facts.add_row("calibration", _text(_digest(content["calibration"]["digest"])))
+    facts.add_row("compensation", _text(_compensation(content["compensation"])))
     facts.add_row("parameters", _text(", ".join(f"{key} {_value(v)}" for key, v in content["parameters"].items())))
     modules = _table("module", ">requested", ">achieved", ">units kept", ">weights kept")
     for module in (*MODULES, "total"):
@@ -113,7 +114,13 @@ def _table(*headings: str) -> Table:
 def _side(key: str, values: Mapping[str, Any], side: str) -> str:
     if side not in values:
         return "-"
-    return _digest(values[side]) if key.endswith(".digest") else _value(values[side])
+    return _digest(values[side]) if key.endswith("digest") else _value(values[side])
+
+
+def _compensation(compensation: Mapping[str, Any] | None) -> str:
+    if compensation is None:
+        return "none"
+    return f"ridge {compensation['ridge']:g}, fitted on {_digest(compensation['calibration_digest'])}"
 
 
 def _digest(digest: object) -> str:

@@ -56,7 +56,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, api: str) -> Path:
     path = toy_checkout(tmp_path_factory.mktemp("finished"))
     done = flow(path, api)
     assert runs(path) == TOYS
-    assert "13 of 13 steps ran" in done.stdout
+    assert "14 of 14 steps ran" in done.stdout
     commit(path, "ran")
     return path
 
@@ -140,7 +140,7 @@ def test_alternating_flow_and_dvc_is_never_wrong_and_never_recomputes(finished: 
     # a new ratio by DVC, then the flow has nothing to do
     set_param(checkout, "pruning_ratio: 0.2 ", "pruning_ratio: 0.4 ")
     dvc(checkout, "repro")
-    after_ratio = ["score_pool", "allocate", "prune", "evaluate", "benchmark", "report"]
+    after_ratio = ["score_pool", "allocate", "prune", "recover", "evaluate", "benchmark", "report"]
     assert runs(checkout) == after_ratio
     second = outputs(checkout)
     assert second["artifacts/plan.json"] != first["artifacts/plan.json"]
@@ -198,7 +198,7 @@ def test_a_failing_step_fails_the_flow_with_one_line(checkout: Path, api: str) -
     # the next run takes up where this one stopped
     runs(checkout)
     flow(checkout, api)
-    assert runs(checkout) == ["allocate", "prune", "evaluate", "benchmark", "report"]
+    assert runs(checkout) == ["allocate", "prune", "recover", "evaluate", "benchmark", "report"]
 
 
 def test_a_killed_step_fails_the_flow_and_the_next_run_works(checkout: Path, api: str) -> None:
@@ -230,7 +230,7 @@ def test_a_killed_step_fails_the_flow_and_the_next_run_works(checkout: Path, api
     assert "toy allocate works" in {log["message"] for log in logs}
     assert runs(checkout) == ["score_pool", "allocate"]
     flow(checkout, api)
-    assert runs(checkout) == ["allocate", "prune", "evaluate", "benchmark", "report"]
+    assert runs(checkout) == ["allocate", "prune", "recover", "evaluate", "benchmark", "report"]
 
 
 def test_a_mistake_in_the_parameters_is_told_before_anything_runs(checkout: Path, api: str) -> None:
@@ -283,7 +283,7 @@ def test_a_killed_driver_leaves_no_writer_and_the_same_command_finishes(
         flow(checkout, api)
     else:
         dvc(checkout, "repro")
-    assert runs(checkout) == ["prune", "evaluate", "benchmark", "report"]
+    assert runs(checkout) == ["prune", "recover", "evaluate", "benchmark", "report"]
 
 
 def test_the_flow_waits_for_another_process_and_says_for_whom(checkout: Path, api: str) -> None:
@@ -302,7 +302,7 @@ def test_the_flow_waits_for_another_process_and_says_for_whom(checkout: Path, ap
         other.wait(60)
     assert other.returncode == 0
     assert f"waiting for process {other.pid} (" in done.stdout + done.stderr
-    assert runs(checkout) == ["score_pool", "allocate", "prune", "evaluate", "benchmark", "report"]
+    assert runs(checkout) == ["score_pool", "allocate", "prune", "recover", "evaluate", "benchmark", "report"]
 
 
 def test_experiments_run_aside_join_the_same_history(checkout: Path) -> None:

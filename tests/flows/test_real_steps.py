@@ -128,7 +128,7 @@ def test_only_what_a_change_asks_for_runs(finished):
     write_params(finished, evaluation={"cloze_items": 4}, allocation={"pruning_ratio": 0.2})
     steps = ran(finished)
     assert "collect_gradients" not in steps and "aggregate_saliency" not in steps and "evaluate_dense" not in steps
-    assert {"score_pool", "allocate", "prune", "evaluate", "benchmark", "report", "record"} == set(steps)
+    assert {"score_pool", "allocate", "prune", "recover", "evaluate", "benchmark", "report", "record"} == set(steps)
     plan = (finished / "artifacts/plan.json").read_bytes()
     write_params(finished)
     assert "prune" not in ran(finished)  # restored

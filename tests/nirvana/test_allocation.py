@@ -100,7 +100,7 @@ def test_unreachable_ratio_names_the_reachable():
         ({"gamma": 0.0}, "above 0, got 0.0"),
         ({"gamma": float("inf")}, "finite"),
         ({"round_to": 9}, "expected 1 to 8 .*layer 0.*got 9"),
-        ({"scope": "uniform", "rule": "published"}, "scope global only"),
+        ({"scope": "uniform", "rule": "published"}, "scope global and ranking modules only"),
     ],
 )
 def test_bad_requests_are_refused(change, message):
@@ -239,3 +239,55 @@ def test_uniform_scope_aligns_what_a_stock_checkpoint_shares():
     assert aligned["layers.0.kv_group"].tolist() == aligned["layers.1.kv_group"].tolist() == [1]
     apart = allocate(make_sites(neurons=8), saliency, 0.5, 1.0, round_to=2, scope="uniform")
     assert [apart[f"layers.{layer}.kv_group"].tolist() for layer in range(2)] == [[0], [1]]
+
+
+def test_joint_by_hand():
+    """One list by saliency a weight: groups of 12 weights at 1/12 each, neurons of 3 weights.
+
+    2 layers, A = M = 48, r = 0.25: 24 weights leave. Neurons score 0.3 (0.1 a weight) or 30 (10 a weight): the four of
+    0.1 come after the groups of 1/12. One group a layer is protected, so one group a layer leaves: 24 weights.
+    """
+    sites = make_sites()
+    saliency = {site.name: np.full(site.units, 1.0, np.float32) for site in sites if site.module == "attention"}
+    saliency["layers.0.kv_group"][1] = saliency["layers.1.kv_group"][0] = 50
+    saliency |= {
+        f"layers.{layer}.mlp_neuron": np.array([0.3, 0.3, 30, 30, 30, 30, 30, 30], np.float32) for layer in range(2)
+    }
+    keep = allocate(sites, saliency, 0.25, 1.0, round_to=2, ranking="joint")
+    assert [keep[f"layers.{layer}.kv_group"].tolist() for layer in range(2)] == [[1], [0]]
+    assert [len(keep[f"layers.{layer}.mlp_neuron"]) for layer in range(2)] == [8, 8]
+    # 12 weights more: the four cheap neurons
+    keep = allocate(sites, saliency, 0.375, 1.0, round_to=2, ranking="joint")
+    assert [keep[f"layers.{layer}.mlp_neuron"].tolist() for layer in range(2)] == [[2, 3, 4, 5, 6, 7]] * 2
+
+
+def test_joint_does_not_read_gamma():
+    sites = make_sites(layers=3, groups=4, neurons=16)
+    few, many = (allocate(sites, ascending(sites), 0.4, gamma, round_to=2, ranking="joint") for gamma in (0.1, 10.0))
+    assert all(np.array_equal(few[name], kept) for name, kept in many.items())
+
+
+@given(st.integers(0, 10_000), st.floats(0.0, 0.6), st.sampled_from(["global", "uniform"]))
+@settings(deadline=None, max_examples=60)
+def test_joint_meets_the_ratio(seed, pruning_ratio, scope):
+    """Whatever the saliency: within one block of one layer (of every layer, for uniform), one group and block stay."""
+    sites = make_sites(layers=4, groups=4, neurons=64, group_weights=48, neuron_weights=3)
+    generator = np.random.default_rng(seed)
+    saliency = {site.name: generator.lognormal(size=site.units).astype(np.float32) for site in sites}
+    keep = allocate(sites, saliency, pruning_ratio, 1.0, round_to=4, scope=scope, ranking="joint")
+    total = sum(site.weights for site in sites)
+    block = 4 * 3 * (4 if scope == "uniform" else 1)
+    assert abs(ratio(sites, keep) - pruning_ratio) * total <= block + 1e-6
+    for site in sites:
+        assert len(keep[site.name]) >= (1 if site.module == "attention" else 4)
+        worst = saliency[site.name][keep[site.name]].min()
+        gone = np.delete(saliency[site.name], keep[site.name])
+        assert not len(gone) or gone.max() <= worst
+
+
+def test_joint_has_no_published_rule():
+    sites = make_sites()
+    with pytest.raises(
+        InputError, match=r"allocation\.rule: published is defined for scope global and ranking modules"
+    ):
+        allocate(sites, ascending(sites), 0.2, 1.0, rule="published", ranking="joint")

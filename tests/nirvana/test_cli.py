@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from exports import with_compensation
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import random_keep, save_family
+from tiny import random_ids, random_keep, save_family
 from typer.testing import CliRunner
 
 import nirvana.cli.plan
@@ -249,6 +250,49 @@ def test_force_does_not_accept_another_shape(plan, tmp_path):
     refused = run("plan", "apply", plan, other, "--to", tmp_path / "pruned", "--force")
     assert "got one with 4 units" in error_line(refused)
     assert not (tmp_path / "pruned").exists()
+
+
+@pytest.fixture
+def compensated(plan, tmp_path):
+    """The plan with a compensation, and the file it is fitted on."""
+    file = tmp_path / "ids.safetensors"
+    with_compensation(Plan.read(plan), random_ids(4, 8), file, 0.25).write(tmp_path / "compensated.json")
+    return tmp_path / "compensated.json", file
+
+
+def test_apply_compensates(compensated, model, tmp_path):
+    path, file = compensated
+    applied = run("plan", "apply", path, model, "--to", tmp_path / "applied", "--calibration", file)
+    assert (applied.exit_code, applied.stderr) == (0, "")
+    prune(model, Plan.read(path), tmp_path / "pruned", calibration=file)
+    assert sha256_directory(tmp_path / "applied") == sha256_directory(tmp_path / "pruned")
+
+
+def test_apply_asks_for_the_calibration_file(compensated, plan, model, tmp_path):
+    path, file = compensated
+    arguments = (model, "--to", tmp_path / "pruned")
+    assert "give it: --calibration FILE" in error_line(run("plan", "apply", path, *arguments))
+    refused = run("plan", "apply", plan, *arguments, "--calibration", file)
+    assert "--calibration: expected a plan with a compensation" in error_line(refused)
+    for odd in (tmp_path, tmp_path / "none", plan):
+        refused = run("plan", "apply", path, *arguments, "--calibration", odd)
+        assert "expected token ids, got a file that cannot be read" in error_line(refused)
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_show_and_diff_tell_the_compensation(compensated, plan):
+    path, _ = compensated
+    digest = Plan.read(path).compensation.calibration_digest
+    for file, said in ((plan, "none"), (path, f"ridge 0.25, fitted on {digest[:23]}")):
+        lines = [" ".join(line.split()) for line in run("plan", "show", file).stdout.splitlines()]
+        assert f"compensation {said}" in lines
+    shown = json.loads(run("plan", "show", path, "--json").stdout)
+    assert shown["compensation"] == {"ridge": 0.25, "calibration_digest": digest}
+    assert json.loads(run("plan", "show", plan, "--json").stdout)["compensation"] is None
+    settings = json.loads(run("plan", "diff", plan, path, "--json").stdout)["settings"]
+    assert settings == {"compensation.ridge": {"b": 0.25}, "compensation.calibration_digest": {"b": digest}}
+    lines = [" ".join(line.split()) for line in run("plan", "diff", plan, path).stdout.splitlines()]
+    assert "compensation.ridge - 0.25" in lines and f"compensation.calibration_digest - {digest[:23]}" in lines
 
 
 # -- validate ------------------------------------------------------------------------------------------------------

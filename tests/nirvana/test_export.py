@@ -5,12 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from exports import exported, left_over, make_checkpoint, slow_but, write_plan
+from exports import exported, left_over, make_checkpoint, slow_but, with_compensation, write_plan
 from safetensors.torch import load_file, save_file
 from tiny import (
     all_families,
@@ -22,6 +23,7 @@ from tiny import (
 )
 from typer.testing import CliRunner
 
+from nirvana import compensation
 from nirvana.checkpoint import export_source
 from nirvana.checkpoint.export import EXPORT_NAME, Options, export_checkpoint
 from nirvana.checkpoint.parity import MaskedWeights, compare, masked_logits
@@ -196,6 +198,95 @@ def test_the_padded_weights_are_the_checkpoints_own(own_llama):
     exported(own_llama, "padded")
     padded = load_file(own_llama / "padded/model.safetensors")
     assert torch.equal(padded["model.norm.weight"], weights["model.norm.weight"])
+
+
+# -- compensated checkpoints -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compensated(tmp_path_factory):
+    return compensated_checkpoint("llama", tmp_path_factory.mktemp("compensated"))
+
+
+def compensated_checkpoint(name, root: Path) -> Path:
+    """As `make_checkpoint`, with a compensation that changes much."""
+    make_checkpoint(name, root)
+    plan = with_compensation(Plan.read(root / "pruned"), ids_for(name, 8, 12), root / "pruned/fitted.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compensation, "FORWARD_TOKENS", 12)  # one sequence a microbatch: enough of them for a gain
+        prune(root / "dense", plan, root / "again", calibration=root / "pruned/fitted.safetensors")
+    shutil.rmtree(root / "pruned")
+    (root / "again").rename(root / "pruned")
+    return root
+
+
+def logits_by(path: Path, ids):
+    with torch.no_grad():
+        return logits_of(load_model(path), ids)
+
+
+@pytest.mark.parametrize("name", slow_but(("llama",), ["llama", "phi3", "gemma3_text", "t5-relu-tied"]))
+def test_compensated_exports_say_what_the_checkpoint_says(name, tmp_path):
+    root, ids = compensated_checkpoint(name, tmp_path), ids_for(name, 1, 9)
+    expected = logits_by(root / "pruned", ids)
+    masked = logits_of(masked_dense(root / "dense", Plan.read(root / "pruned").keep), ids)
+    assert not torch.allclose(expected, masked, atol=0.1)
+    for to in ("hf", "padded"):
+        done = exported(root, to)
+        assert done.parity.passed and done.note is None
+        torch.testing.assert_close(logits_by(root / to, ids), expected, atol=1e-4, rtol=0)
+        assert Plan.read(root / to).compensation == Plan.read(root / "pruned").compensation
+        noted = json.loads((root / to / EXPORT_NAME).read_text())
+        assert (
+            "what compensation solved for taken from the checkpoint" in noted["parity"]["reference"]
+            and "note" not in noted
+        )
+
+
+def test_compensated_gguf(compensated):
+    pytest.importorskip("gguf")
+    assert exported(compensated, "gguf").parity.passed
+
+
+def test_uniform_drops_the_compensation_and_says_so(compensated):
+    done = exported(compensated, "uniform")
+    assert Plan.read(compensated / "uniform").compensation is None
+    assert done.note == json.loads((compensated / "uniform" / EXPORT_NAME).read_text())["note"]
+    assert done.note.startswith("not compensated: ")
+    result = command(compensated, "--to", "uniform", "--saliency", compensated / "saliency.safetensors")
+    assert result.exit_code == 0 and result.stdout.strip().endswith(done.note)
+
+
+def test_other_weights_of_a_compensated_checkpoint_are_still_compared(compensated, tmp_path):
+    root = Path(shutil.copytree(compensated, tmp_path / "own", ignore=shutil.ignore_patterns("hf", "gguf", "uniform")))
+    damage(root, "model.layers.1.mlp.up_proj.weight", 1.05)
+    with pytest.raises(InputError, match="masked by the plan"):
+        exported(root, "hf", "out")
+    assert not (root / "out").exists()
+
+
+def test_a_compensated_checkpoint_whose_plan_does_not_say_so_is_refused(compensated, tmp_path):
+    root = Path(shutil.copytree(compensated, tmp_path / "own", ignore=shutil.ignore_patterns("hf", "gguf", "uniform")))
+    replace(Plan.read(root / "pruned"), compensation=None).write(root / "pruned" / PLAN_NAME)
+    with pytest.raises(InputError, match="masked by the plan"):
+        exported(root, "hf", "out")
+
+
+def test_updates_replace_the_kept_columns(tmp_path):
+    model = save_family("llama", tmp_path)
+    sites = Stack.open(model).architecture.sites()
+    keep = {site.name: np.arange(site.units) for site in sites} | {"layers.0.mlp_neuron": np.array([1, 4])}
+    partly, wholly, gain = (
+        "model.layers.0.mlp.down_proj.weight",
+        "model.layers.1.mlp.down_proj.weight",
+        "model.norm.weight",
+    )
+    updates = {partly: torch.full((32, 2), 7.0), wholly: torch.full((32, 48), 8.0), gain: torch.full((32,), 9.0)}
+    weights = MaskedWeights(model, sites, keep, updates)
+    expected = torch.zeros(32, 48)
+    expected[:, [1, 4]] = 7.0
+    assert torch.equal(weights[partly], expected)
+    assert all(torch.equal(weights[name], updates[name]) for name in (wholly, gain))
 
 
 # -- comparing ---------------------------------------------------------------------------------------------------

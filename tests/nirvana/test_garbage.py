@@ -17,13 +17,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from exports import with_compensation
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import random_keep, save_family, save_t5
+from tiny import random_ids, random_keep, save_family, save_t5
 from typer.testing import CliRunner
 
 import nirvana.weights
 from nirvana.architectures.registry import read_config
+from nirvana.calibration import read_ids
 from nirvana.cli import app
 from nirvana.errors import InputError
 from nirvana.plan import Plan
@@ -35,6 +37,7 @@ from nirvana.weights import INDEX_NAME, WEIGHTS_NAME, WeightFiles, model_digest,
 SECONDS, BYTES = 5, 2 << 30
 """What one input may take: far above the milliseconds it needs, far below what a hang or a blown-up number costs."""
 RULES = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+IDS = "ids.safetensors"
 FAMILIES = ("llama", "gemma3_text", "qwen3_moe", "t5-relu-tied")
 
 
@@ -199,9 +202,18 @@ def home(tmp_path_factory):
     origin = {"model_digest": model_digest(model), "model_type": "llama", "calibration_digest": "sha256:none"}
     parameters = {"pruning_ratio": 0.4, "gamma": 3.36, "round_to": 8}
     Plan.build(sites, random_keep(sites), **origin, parameters=parameters).write(folder / "home" / "good.json")
+    plan = with_compensation(Plan.read(folder / "home" / "good.json"), random_ids(2, 4), folder / "home" / IDS)
+    plan.write(folder / "home" / "compensated.json")
     shutil.copyfile(model / WEIGHTS_NAME, folder / "secret.safetensors")
     run("plan", "apply", folder / "home" / "good.json", model, "--to", folder / "home" / "warm")  # imports
+    assert apply_compensated(folder / "home", folder / "home" / "compensated.json") == 0
+    shutil.rmtree(folder / "home" / "pruned")
     return folder / "home"
+
+
+def apply_compensated(home, plan):
+    arguments = (home / "llama", "--to", home / "pruned", "--force", "--calibration", home / IDS)
+    return run("plan", "apply", plan, *arguments)
 
 
 # -- plans ---------------------------------------------------------------------------------------------------------
@@ -235,6 +247,66 @@ def check_plan(home, content):
 def test_plans_with_wrong_values(home, data):
     value = data.draw(broken(json.loads((home / "good.json").read_text())))
     check_plan(home, json.dumps(value).encode())
+
+
+@settings(RULES, max_examples=30)
+@given(data=st.data())
+def test_compensations_with_wrong_values(home, data):
+    """A plan with an odd compensation is refused, or it has none, or one that can be written and read again."""
+    value = json.loads((home / "compensated.json").read_text())
+    value["compensation"] = data.draw(st.one_of(broken(value["compensation"]), JUNK))
+    (home / "plan.json").write_text(json.dumps(value))
+    with guarded(home):
+        refused = said_by(lambda: Plan.read(home / "plan.json"))
+        codes = [run("plan", verb, home / "plan.json") for verb in ("show", "validate")]
+        codes.append(run("plan", "diff", home / "plan.json", home / "compensated.json", statuses=(0, 1, 2)))
+        applied = apply_compensated(home, home / "plan.json")
+    assert (2 in codes) == (refused is not None)
+    if refused is None:
+        plan = Plan.read(home / "plan.json")
+        plan.write(home / "again.json")
+        assert Plan.read(home / "again.json").compensation == plan.compensation
+    assert applied == 2 or refused is None
+    assert (home / "pruned").exists() == (applied == 0)
+    shutil.rmtree(home / "pruned", ignore_errors=True)
+
+
+def check_ids(home, content):
+    """Ids are refused, or they are those of the plan."""
+    with replaced(home / IDS, content):
+        with guarded(home):
+            refused = said_by(lambda: read_ids(home / IDS))
+            code = apply_compensated(home, home / "compensated.json")
+        assert code == 2 or (refused is None and torch.equal(read_ids(home / IDS)[0], random_ids(2, 4)))
+    assert (home / "pruned").exists() == (code == 0)
+    shutil.rmtree(home / "pruned", ignore_errors=True)
+    assert not list(home.glob(".pruned.*"))
+
+
+@settings(RULES, max_examples=30)
+@given(data=st.data())
+def test_calibration_files_of_garbage(home, data):
+    file = (home / IDS).read_bytes()
+    length = struct.unpack("<Q", file[:8])[0]
+    header, values = file[8 : 8 + length], file[8 + length :]
+    wrong = st.one_of(
+        broken(json.loads(header)).map(lambda value: json.dumps(value).encode()), mangled(header.decode())
+    )
+    rebuilt = wrong.map(lambda text: struct.pack("<Q", len(text)) + text + values)
+    check_ids(home, data.draw(st.one_of(rebuilt, st.integers(0, len(file) - 1).map(lambda size: file[:size]))))
+
+
+def test_calibration_files_with_an_odd_header(home):
+    for content in HEADERS:
+        check_ids(home, content)
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F8_E8M0", "F8_E4M3", "BOOL", "U64", "C64", "F6_E2M3", "BF16"])
+def test_calibration_files_of_other_types(home, dtype):
+    """Some of them torch has no name for."""
+    size = {"F4": 4, "F6_E2M3": 6, "U64": 64, "C64": 64, "BF16": 16}.get(dtype, 8)
+    header = json.dumps({"input_ids": {"dtype": dtype, "shape": [2, 4], "data_offsets": [0, size]}}).encode()
+    check_ids(home, struct.pack("<Q", len(header)) + header + bytes(size))
 
 
 @RULES

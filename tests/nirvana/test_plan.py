@@ -1,6 +1,7 @@
 """The plan: readable ranges, a faithful round trip, and refusal of what does not fit."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from tiny import family_configs, random_keep
 from nirvana.architectures.registry import architecture_for
 from nirvana.architectures.site import Site, Slot
 from nirvana.errors import InputError
-from nirvana.plan import PLAN_NAME, Plan
+from nirvana.plan import PLAN_NAME, Compensation, Plan
 from nirvana.ranges import from_ranges, to_ranges
 
 
@@ -56,6 +57,24 @@ def test_round_trip(plan, tmp_path):
     again.write(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "plan.json").read_bytes()
     assert all(np.array_equal(again.keep[name], kept) for name, kept in plan.keep.items())
+
+
+def test_compensation_round_trip(plan, tmp_path):
+    compensated = replace(plan, compensation=Compensation(ridge=0.3, calibration_digest="sha256:123"))
+    compensated.write(tmp_path / "plan.json")
+    value = json.loads((tmp_path / "plan.json").read_text())
+    assert value["compensation"] == {"ridge": 0.3, "calibration_digest": "sha256:123"}
+    assert Plan.read(tmp_path / "plan.json").compensation == compensated.compensation
+
+
+def test_plans_that_say_nothing_of_compensation_have_none(plan, tmp_path):
+    """Those of earlier releases lack the key."""
+    plan.write(tmp_path / "plan.json")
+    value = json.loads((tmp_path / "plan.json").read_text())
+    assert value.pop("compensation", "missing") is None
+    assert Plan.read(tmp_path / "plan.json").compensation is None
+    (tmp_path / "plan.json").write_text(json.dumps(value))
+    assert Plan.read(tmp_path / "plan.json").compensation is None
 
 
 def test_achieved_ratio_counts_weights(plan, sites):
@@ -105,6 +124,18 @@ def every_unit(value):
         (lambda v: v.update(model=None), "model: expected an object, got None"),
         (lambda v: v["model"].update(num_layers=4), "model.num_layers: expected 3, the layers that the sites name"),
         (lambda v: v["model"].update(digest="a\x1bb"), r"model.digest: expected 1 to 200 printable characters"),
+        (lambda v: v.update(compensation=[0.3]), "compensation: expected an object, got [0.3]"),
+        (lambda v: v.update(compensation=False), "compensation: expected an object, got False"),
+        (lambda v: v.update(compensation={}), "compensation.ridge: expected a value, found none"),
+        (lambda v: v.update(compensation={"ridge": 1}), "compensation.calibration_digest: expected a value, found"),
+        (lambda v: v.update(compensation={"ridge": 0}), "compensation.ridge: expected a number above 0, at most 1e+09"),
+        (lambda v: v.update(compensation={"ridge": True}), "compensation.ridge: expected a number above 0"),
+        (lambda v: v.update(compensation={"ridge": float("nan")}), "compensation.ridge: expected a number above 0"),
+        (lambda v: v.update(compensation={"ridge": 10**400}), "compensation.ridge: expected a number above 0"),
+        (
+            lambda v: v.update(compensation={"ridge": 1, "calibration_digest": "a\x1bb"}),
+            "compensation.calibration_digest: expected 1 to 200 printable characters",
+        ),
         (lambda v: v["parameters"].update(gamma=float("inf")), "parameters: expected an object of finite numbers"),
         (lambda v: v["parameters"].update(note="\ud800"), "parameters: expected an object of finite numbers and text"),
         (lambda v: v["parameters"].update(a=[[[[[[[[[]]]]]]]]]), "at most 8 levels deep"),

@@ -1,17 +1,27 @@
 """Surgery: right bytes, whole or nothing."""
 
+import errno
+import hashlib
 import json
+import struct
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny import random_keep, save_family, tiny_tokenizer
+from exports import with_compensation
+from safetensors.torch import load_file, save_file
+from tiny import ids_for, logits_of, one_layout_each, random_ids, random_keep, save_family, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from nirvana import compensation, solved
+from nirvana.calibration import calibration_digest
+from nirvana.compensation import compensate
+from nirvana.divergence import pruned_hidden_states
 from nirvana.errors import InputError
+from nirvana.files import sha256_directory
+from nirvana.loading import load_model
 from nirvana.plan import Plan
 from nirvana.surgery import prune
 from nirvana.walk import Stack
@@ -187,3 +197,213 @@ def test_failure_keeps_the_old_checkpoint(tmp_path):
         prune(model, plan_for(model, seed=1), tmp_path / "pruned", on_tensor=fail)
     assert model_digest(tmp_path / "pruned") == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "pruned"]
+
+
+# -- compensation --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compensated(tmp_path):
+    """A model, a plan that compensates, and the file that it is fitted on."""
+    model = save_family("llama", tmp_path / "dense")
+    plan = with_compensation(plan_for(model), random_ids(6, 12), tmp_path / "ids.safetensors")
+    return model, plan, tmp_path / "ids.safetensors"
+
+
+def left_over(folder):
+    """Return what lies beside the inputs, temporary siblings included."""
+    return sorted(path.name for path in folder.iterdir() if path.name not in ("dense", "ids.safetensors"))
+
+
+def test_a_twin_takes_over_in_the_checkpoint(tmp_path):
+    """Neuron 1 of layer 2 repeats neuron 0. Without it, neuron 0's column is the sum of both, all else is sliced."""
+    model = save_family("llama", tmp_path / "dense")
+    dense = load_file(model / "model.safetensors")
+    mlp = "model.layers.2.mlp."
+    for matrix in ("gate_proj", "up_proj"):
+        dense[f"{mlp}{matrix}.weight"][1] = dense[f"{mlp}{matrix}.weight"][0]
+    save_file(dense, model / "model.safetensors", {"format": "pt"})
+    sites = Stack.open(model).architecture.sites()
+    plan = Plan.build(
+        sites,
+        {site.name: np.arange(site.units) for site in sites} | {"layers.2.mlp_neuron": np.delete(np.arange(48), 1)},
+        model_digest=model_digest(model),
+        model_type="llama",
+        calibration_digest="sha256:none",
+        parameters={"pruning_ratio": 0.01},
+    )
+    ids = tmp_path / "ids.safetensors"
+    prune(model, with_compensation(plan, random_ids(20, 16), ids, 1e-9), tmp_path / "pruned", calibration=ids)
+    pruned, name = load_file(tmp_path / "pruned/model.safetensors"), f"{mlp}down_proj.weight"
+    expected = torch.cat([dense[name][:, :1] + dense[name][:, 1:2], dense[name][:, 2:]], dim=1)
+    torch.testing.assert_close(pruned[name], expected, rtol=1e-3, atol=1e-3)
+    for matrix in ("gate_proj", "up_proj"):
+        assert torch.equal(pruned[f"{mlp}{matrix}.weight"], dense[f"{mlp}{matrix}.weight"][[0, *range(2, 48)]])
+    assert Plan.read(tmp_path / "pruned").compensation.ridge == 1e-9
+
+
+@pytest.mark.parametrize("name", [name for name in one_layout_each() if name != "qwen3_moe"])
+def test_the_compensated_checkpoint_is_the_compensated_walk(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(compensation, "FORWARD_TOKENS", 12)  # one sequence a microbatch: enough of them for a gain
+    model, ids = save_family(name, tmp_path / "dense"), ids_for(name, 8, 12)
+    stack, file = Stack.open(model), tmp_path / "ids.safetensors"
+    sites = stack.architecture.sites()
+    plan = Plan.build(
+        sites,
+        random_keep(sites),
+        model_digest=model_digest(model),
+        model_type=name,
+        calibration_digest="sha256:none",
+        parameters={"pruning_ratio": 0.4},
+    )
+    prune(model, with_compensation(plan, ids, file), tmp_path / "pruned", calibration=file)
+    updates, fresh = dict(compensate(stack, plan.keep, ids, 0.1)), ids_for(name, 2, 9, seed=5)
+    assert updates.keys() == solved.compensated_parameters(stack.architecture)
+    walked, uncompensated = (pruned_hidden_states(stack, plan.keep, fresh, each) for each in (updates, None))
+    logits, cap = walked @ stack.head_weight().T, stack.architecture.logit_softcap
+    expected = logits if cap is None else cap * torch.tanh(logits / cap)
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(load_model(tmp_path / "pruned"), fresh), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(walked, uncompensated, atol=1e-2)
+
+
+def test_same_plan_and_calibration_same_bytes(compensated, tmp_path):
+    model, plan, file = compensated
+    layers = []
+    prune(model, plan, tmp_path / "a", calibration=file, on_layer=layers.append)
+    prune(model, plan, tmp_path / "b", calibration=file, execution="streamed")
+    assert sha256_directory(tmp_path / "a") == sha256_directory(tmp_path / "b")
+    assert layers == [0, 1, 2] and left_over(tmp_path) == ["a", "b"]
+
+
+def test_compensation_keeps_shards_and_types(compensated, tmp_path):
+    whole = AutoModelForCausalLM.from_pretrained(compensated[0], dtype=torch.bfloat16)
+    whole.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    plan = with_compensation(plan_for(tmp_path / "shards"), random_ids(6, 12), tmp_path / "ids.safetensors")
+    prune(tmp_path / "shards", plan, tmp_path / "pruned", calibration=tmp_path / "ids.safetensors")
+    stack, checkpoint = Stack.open(tmp_path / "shards"), Stack.open(tmp_path / "pruned")
+    assert len(set(checkpoint.weights.file_of.values())) > 2
+    for name, matrix in compensate(stack, plan.keep, random_ids(6, 12), 0.1):
+        assert torch.equal(checkpoint.weights[name], matrix.bfloat16())
+
+
+def test_a_plan_without_compensation_reads_no_calibration(tmp_path):
+    model = save_family("llama", tmp_path / "dense")
+    prune(model, plan_for(model), tmp_path / "a")
+    prune(model, plan_for(model), tmp_path / "b", calibration=tmp_path / "nowhere")
+    assert sha256_directory(tmp_path / "a") == sha256_directory(tmp_path / "b")
+
+
+def test_a_missing_calibration_file_is_asked_for(compensated, tmp_path):
+    model, plan, file = compensated
+    digest = calibration_digest((load_file(file)["input_ids"],))
+    with pytest.raises(InputError, match=f"expected the token ids {digest} .* --calibration FILE"):
+        prune(model, plan, tmp_path / "new" / "pruned")
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"input_ids": random_ids(6, 12, seed=1)}, "expected the token ids sha256:.* got sha256:"),
+        ({"input_ids": random_ids(12, 6)}, "expected the token ids sha256:.* got sha256:"),
+        (
+            {"input_ids": random_ids(6, 12).int()},
+            r"expected input_ids as int64, .* got torch.int32",
+        ),
+        ({"input_ids": random_ids(6, 12)[None]}, r"got torch.int64, \[1, 6, 12\]"),
+        ({"tokens": random_ids(6, 12)}, "expected input_ids, with decoder_input_ids alike or without"),
+    ],
+)
+def test_other_calibration_files_are_refused(compensated, tmp_path, tensors, said):
+    model, plan, file = compensated
+    save_file(tensors, file)
+    with pytest.raises(InputError, match=said):
+        prune(model, plan, tmp_path / "new" / "pruned", calibration=file)
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "ids", "said"),
+    [
+        ("llama", torch.full((2, 4), 512), "below the model's vocabulary size 512"),
+        ("llama", torch.zeros(0, 4, dtype=torch.int64), "expected sequences of token ids, got none"),
+        ("t5-relu-tied", torch.zeros(2, 4, dtype=torch.int64), "an encoder-decoder needs input_ids and decoder"),
+        ("qwen3_moe", torch.zeros(2, 4, dtype=torch.int64), "expected an output projection that is a module of its"),
+    ],
+)
+def test_what_cannot_be_compensated_is_refused_first(family, ids, said, tmp_path):
+    model, file = save_family(family, tmp_path / "dense"), tmp_path / "ids.safetensors"
+    sites = Stack.open(model).architecture.sites()
+    origin = {"model_digest": model_digest(model), "model_type": family, "calibration_digest": "sha256:none"}
+    plan = Plan.build(sites, random_keep(sites), **origin, parameters={"pruning_ratio": 0.4})
+    with pytest.raises(InputError, match=said):
+        prune(model, with_compensation(plan, ids, file), tmp_path / "new" / "pruned", calibration=file)
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
+def test_stopped_between_two_layers_leaves_nothing(compensated, tmp_path, stop):
+    model, plan, file = compensated
+
+    def fail(layer):
+        (folder,) = tmp_path.glob(".pruned.*.tmp")
+        assert [path.name for path in folder.iterdir()] == ["0.safetensors"]
+        raise stop
+
+    with pytest.raises(stop):
+        prune(model, plan, tmp_path / "pruned", calibration=file, on_layer=fail)
+    assert left_over(tmp_path) == []
+
+
+def test_killed_between_two_layers_leaves_nothing_that_stays(compensated, tmp_path):
+    """No process can tidy up after kill -9: the next one at that place does."""
+    model, plan, file = compensated
+    plan.write(tmp_path / "plan.json")
+    code = """
+import os, signal, sys
+from nirvana.plan import Plan
+from nirvana.surgery import prune
+model, plan, target, ids = sys.argv[1:]
+prune(model, Plan.read(plan), target, calibration=ids, on_layer=lambda layer: os.kill(os.getpid(), signal.SIGKILL))
+"""
+    target = tmp_path / "pruned"
+    done = subprocess.run([sys.executable, "-c", code, model, tmp_path / "plan.json", target, file], check=False)
+    assert done.returncode == -9 and not target.exists()
+    assert len(list(tmp_path.glob(".pruned.*.tmp"))) == 1
+    prune(model, plan, target, calibration=file)
+    assert left_over(tmp_path) == ["plan.json", "pruned"]
+
+
+def test_full_disk_while_compensating(compensated, tmp_path, monkeypatch):
+    model, plan, file = compensated
+
+    def fail(path, tensors, read):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(solved, "stream_safetensors", fail)
+    with pytest.raises(InputError, match="the disk became full while the checkpoint was written"):
+        prune(model, plan, tmp_path / "pruned", calibration=file)
+    assert left_over(tmp_path) == []
+
+
+def test_a_solution_that_the_type_cannot_hold_is_refused(compensated, tmp_path, monkeypatch):
+    """float16 ends at 65504."""
+    model, plan, file = compensated
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float16)
+    whole.save_pretrained(model)
+    real = solved.compensate
+    monkeypatch.setattr(
+        solved, "compensate", lambda *args, **rest: ((name, 1e6 * matrix) for name, matrix in real(*args, **rest))
+    )
+    with pytest.raises(InputError, match=r"o_proj.weight: expected compensated values that torch.float16 can hold"):
+        prune(model, plan, tmp_path / "pruned", calibration=file, match_digest=False)
+    assert left_over(tmp_path) == []
+
+
+def test_digest_by_hand():
+    """Type, shape and bytes, stack by stack: plans of earlier releases keep their meaning."""
+    ids = torch.tensor([[1, 2], [3, 4]])
+    expected = hashlib.sha256(b"int64(2, 2)" + struct.pack("<4q", 1, 2, 3, 4)).hexdigest()
+    assert calibration_digest(ids) == calibration_digest((ids,)) == f"sha256:{expected}"
+    assert calibration_digest((ids, ids)) != calibration_digest(ids)

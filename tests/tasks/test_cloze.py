@@ -56,6 +56,13 @@ def test_a_long_text_is_cut_to_the_sentences_before_the_word():
     assert item["context"] == PASSAGE.strip()
 
 
+def test_a_space_before_the_stop_is_no_obstacle():
+    """As WikiText has it."""
+    spaced = PASSAGE.replace(".", " .").replace(",", " ,").strip()
+    (item,) = cloze_items([Document("a", f"{spaced} railway .")], 1)
+    assert item == {"context": spaced, "target": " railway"}
+
+
 def test_line_breaks_become_spaces():
     text = PASSAGE.replace(". ", ".\n\n") + "railway."
     assert cloze_items([Document("a", text)], 1) == cloze_items([document("a", "railway.")], 1)

@@ -9,6 +9,7 @@ import torch
 from tiny import tiny_corpus, tiny_llama, tiny_t5
 from transformers import AutoTokenizer
 
+from nirvana.checkpoint.recovered import write_form
 from nirvana.errors import InputError
 from nirvana.perplexity import token_perplexity, windows_from_documents
 from nirvana.walk import Stack
@@ -38,6 +39,7 @@ def _params(**changes: object) -> SimpleNamespace:
         "window": 32,
         "perplexity_tokens": 320,
         "cloze_items": ITEMS,
+        "continuation_items": ITEMS,
         "tasks": ["cloze"],
         "limit": None,
         "batch_size": 4,
@@ -48,7 +50,9 @@ def _params(**changes: object) -> SimpleNamespace:
 
 def _evaluate(model: Path, documents: Path, folder: Path, **changes: object) -> tuple[Path, Path]:
     outputs = {"evaluation": folder / "evaluation.json", "lm_eval": folder / "lm_eval.json"}
-    evaluate.run(_params(**changes), {"checkpoint": model, "evaluation": documents}, outputs)
+    write_form(documents, "none")
+    inputs = {"checkpoint": model, "recovered": documents, "evaluation": documents}
+    evaluate.run(_params(**changes), inputs, outputs)
     return outputs["evaluation"], outputs["lm_eval"]
 
 
@@ -101,6 +105,13 @@ def test_both_steps_twice_give_the_same_bytes(results, model, documents, tmp_pat
     assert outputs["lm_eval_dense"].read_bytes() == results[1].read_bytes()
 
 
+def test_both_own_tasks_offline(results, model, documents, tmp_path):
+    summary, _ = _evaluate(model, documents, tmp_path, tasks=["continuation", "cloze"], continuation_items=5)
+    tasks = json.loads(summary.read_text())["tasks"]
+    assert tasks["cloze"] == json.loads(results[0].read_text())["tasks"]["cloze"]
+    assert (tasks["continuation"]["metric"], tasks["continuation"]["items"]) == ("acc", 5)
+
+
 def test_limit_shortens_every_task(model, documents, tmp_path):
     summary, _ = _evaluate(model, documents, tmp_path, limit=3)
     assert json.loads(summary.read_text())["tasks"]["cloze"]["items"] == 3
@@ -150,7 +161,7 @@ def test_the_last_word_of_an_encoder_decoder_is_a_blank(documents, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model_directory)
     model = evaluation.load_model(model_directory)
     read = evaluation.read_documents(documents / "documents.jsonl")
-    tasks, manager = evaluation._load_tasks(["cloze"], read, ITEMS, "<extra_id_0>", tmp_path / "tasks")
+    tasks, manager = evaluation._load_tasks(["cloze"], read, {"cloze": ITEMS}, "<extra_id_0>", tmp_path / "tasks")
     raw = evaluation._run_lm_eval(model, tokenizer, tasks, manager, 4, None)
     for sample in raw["samples"]["cloze"]:
         context, target = sample["arguments"][0]
@@ -209,6 +220,8 @@ def test_unreachable_task_data_is_one_line(documents, model, tmp_path):
 def test_too_few_documents_is_found_before_the_model_is_loaded(documents, model, tmp_path):
     with pytest.raises(InputError, match=r"evaluation\.cloze_items"):
         _evaluate(model, documents, tmp_path, cloze_items=100_000)
+    with pytest.raises(InputError, match=r"evaluation\.continuation_items"):
+        _evaluate(model, documents, tmp_path, tasks=["continuation"], continuation_items=100_000)
     with pytest.raises(InputError, match=r"evaluation\.perplexity_tokens"):
         _evaluate(model, documents, tmp_path, perplexity_tokens=10_000_000)
 

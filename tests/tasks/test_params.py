@@ -9,9 +9,11 @@ from ruamel.yaml import YAML
 
 from nirvana.errors import InputError
 from tasks.params import (
+    PRESETS,
     SECTIONS,
     UndeclaredParameterError,
     flatten,
+    in_words_of_the_preset,
     load_params,
     parse_params,
     restrict,
@@ -45,11 +47,28 @@ def test_the_shipped_file_is_valid_and_read_as_it_stands() -> None:
     assert params.allocation.gamma == 3.36
     assert params.evaluation.tasks == ("cloze",)
     assert params.evaluation.limit is None
-    assert flatten(params) == {
+    as_it_stands = {
         f"{section}.{key}": tuple(value) if isinstance(value, list) else value
         for section, keys in GIVEN.items()
         for key, value in keys.items()
     }
+    assert flatten(params) == as_it_stands | PRESETS["nirvana"]
+    assert in_words_of_the_preset(as_it_stands) == flatten(params)
+
+
+def test_one_switch_changes_what_is_null() -> None:
+    best = flatten(parse_params(changed("method.preset", "best")))
+    assert best == flatten(parse_params(GIVEN)) | PRESETS["best"] | {"method.preset": "best"}
+    small = changed("method.preset", "best")
+    small["calibration"]["pool_size"] = 2
+    assert parse_params(small).calibration.averaged == 2
+
+
+def test_a_given_value_wins_over_the_preset() -> None:
+    values = changed("method.preset", "best")
+    values["compensation"]["method"] = "none"
+    params = parse_params(values)
+    assert (params.compensation.method, params.saliency.method) == ("none", "fisher")
 
 
 def test_parameters_are_frozen() -> None:
@@ -70,7 +89,21 @@ def test_parameters_are_frozen() -> None:
         ("allocation.round_to", 0, "allocation.round_to: expected a whole number of 1 or more, got 0"),
         ("allocation.rule", "exactly", "allocation.rule: expected exact or published, got 'exactly'"),
         ("allocation.scope", "local", "allocation.scope: expected global or uniform, got 'local'"),
-        ("saliency.method", "wanda", "saliency.method: expected nirvana, got 'wanda'"),
+        ("saliency.method", "wanda", "saliency.method: expected nirvana or fisher, or null for the preset's, got"),
+        ("allocation.ranking", "joint", "allocation.ranking: expected modules with saliency.method nirvana"),
+        ("calibration.averaged", 7, "calibration.averaged: expected at most pool_size (6), got 7; lower it"),
+        ("compensation.ridge", 0, "compensation.ridge: expected a finite number above 0, got 0"),
+        ("compensation.method", "bias", "compensation.method: expected none or least_squares"),
+        ("method.preset", "fast", "method.preset: expected nirvana or best, got 'fast'"),
+        ("recovery.tokens", -1, "recovery.tokens: expected a whole number of 0 or more, got -1"),
+        ("recovery.tokens", 1000, "recovery: expected tokens of one batch (8 x 128) or more, or 0, got 1000"),
+        ("recovery.rank", 0, "recovery.rank: expected a whole number of 1 or more, got 0"),
+        ("recovery.learning_rate", 0, "recovery.learning_rate: expected a finite number above 0, got 0"),
+        ("recovery.learning_rate", "5e-4", "expected a finite number above 0, got '5e-4'"),
+        ("recovery.distillation", 1.5, "recovery.distillation: expected a number in [0, 1], got 1.5"),
+        ("recovery.warmup", -0.1, "recovery.warmup: expected a number in [0, 1], got -0.1"),
+        ("recovery.sequence_length", 1, "recovery.sequence_length: expected a whole number of 2 or more tokens, got 1"),
+        ("recovery.merge", "yes", "recovery.merge: expected true or false, got 'yes'"),
         ("calibration.pool_size", 2.0, "calibration.pool_size: expected a whole number of 1 or more, got 2.0"),
         ("calibration.pool_size", True, "expected a whole number of 1 or more, got True"),
         ("calibration.seed", -1, "calibration.seed: expected a whole number of 0 or more, got -1"),

@@ -54,6 +54,11 @@ def test_the_run_holds_the_experiment(checkout: Path, client) -> None:
     assert run.data.metrics["evaluation.tasks.cloze.value"] == evaluation["tasks"]["cloze"]["value"]
     assert run.data.metrics["plan.achieved_ratio.mlp"] == plan["achieved_ratio"]["mlp"]
     assert {"benchmark.pruned.peak_bytes", "kept_share_by_layer.mlp"} <= set(run.data.metrics)
+    (point,) = client.get_metric_history(run.info.run_id, "recovery.heldout_loss_by_tokens")
+    recovery = json.loads((checkout / "reports/recovery.json").read_text())
+    assert (point.step, point.value) == (64, recovery["heldout_loss"]["pruned"])
+    assert run.data.metrics["recovery.heldout_loss.dense"] == recovery["heldout_loss"]["dense"]
+    assert "nirvana.recovered.md5" not in run.data.tags
     stages = yaml.safe_load((checkout / "dvc.lock").read_text())["stages"]
     assert run.data.tags["nirvana.checkpoint.path"] == "artifacts/checkpoint"
     assert run.data.tags["nirvana.checkpoint.md5"] == stages["prune"]["outs"][0]["md5"]
@@ -63,7 +68,7 @@ def test_the_run_holds_the_experiment(checkout: Path, client) -> None:
     assert digests["corpus"] == stages["fetch_corpus"]["outs"][0]["md5"]
     assert set(digests) == {"corpus", "calibration pool", "held-out batch", "evaluation documents"}
     files = {item.path for item in client.list_artifacts(run.info.run_id)}
-    assert {"plan.json", "report.html", "kl_scores.csv", "dvc.lock", "figures"} <= files
+    assert {"plan.json", "report.html", "kl_scores.csv", "recovery.csv", "dvc.lock", "figures"} <= files
     assert not any("checkpoint" in file for file in files)
 
 
@@ -171,6 +176,21 @@ def test_parameters_that_changed_during_the_run_are_refused() -> None:
     mixed["prune"] = {"params": {"params.yaml": {"allocation": {"gamma": 2.0}}}}
     with pytest.raises(InputError, match=r"expected one allocation.gamma for all stages, got 3.36 and, in prune, 2.0"):
         record.parameters(mixed)
+
+
+def test_what_was_recovered_is_referred_to_only_if_something_was() -> None:
+    def references(tokens: int) -> dict[str, str]:
+        recover = {
+            "params": {"params.yaml": {"recovery": {"tokens": tokens}}},
+            "outs": [{"path": "artifacts/recovered", "md5": "c.dir"}],
+        }
+        return record._references(stages() | {"recover": recover})
+
+    assert references(0) == {}
+    assert references(64) == {
+        "nirvana.recovered.path": "artifacts/recovered",
+        "nirvana.recovered.md5": "c.dir",
+    }
 
 
 def test_a_missing_lock_is_told(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def test_allocation_stays_off_the_backward_pass_and_evaluation_off_all_else() ->
 
     assert reached_from("evaluation") == {"evaluate", "evaluate_dense", "report", "record"}
     assert not reached_from("allocation") & {"collect_gradients", "aggregate_saliency", "evaluate_dense"}
+    assert reached_from("recovery") == {"recover", "evaluate", "benchmark", "report", "record"}
     assert reached_from("benchmark") == {"benchmark", "report", "record"}
 
 
@@ -91,7 +92,7 @@ def test_every_module_that_a_step_imports_is_a_dependency() -> None:
 
 
 def test_steps_that_load_a_pruned_checkpoint_depend_on_its_classes() -> None:
-    for name in ("evaluate", "benchmark"):
+    for name in ("recover", "evaluate", "benchmark"):
         assert "nirvana/checkpoint/modeling_nirvana.py" in registry.stage(registry.step(name), ROOT)["deps"]
 
 

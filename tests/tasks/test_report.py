@@ -35,15 +35,19 @@ def write_inputs(
     pool: int = 6,
     tasks: dict[str, Any] | None = None,
     warning: str | None = None,
+    recovery: tuple[dict[str, Any], str] | None = None,
 ) -> dict[str, Path]:
     """Write one schema-valid set of the report's inputs, of the size of SmolLM2-135M unless told otherwise."""
     rng = np.random.default_rng(0)
+    summary, curve = recovery or ({"form": "none", "tokens": 0}, CURVE_HEADER)
     names = (
         "plan.json",
         "selection.json",
         "kl_scores.csv",
         "allocation.csv",
         "unit_saliency",
+        "divergence.json",
+        "recovery.json",
         "evaluation.json",
         "evaluation_dense.json",
         "benchmark.json",
@@ -78,6 +82,9 @@ def write_inputs(
             )
             rows.append([layer, module, count, kept, kept / count, count * weights[module], kept * weights[module]])
     inputs["unit_saliency"].mkdir(parents=True)
+    write(inputs["recovery"], summary)
+    inputs["recovery_curve"] = root / "recovery.csv"
+    inputs["recovery_curve"].write_text(curve)
     for candidate in range(pool):
         save_file(scores, inputs["unit_saliency"] / f"candidate_{candidate:03d}.safetensors")
 
@@ -102,7 +109,10 @@ def write_inputs(
                 "rule": "exact",
                 "scope": "global",
                 "method": "nirvana",
+                "ranking": "modules",
+                "candidates_averaged": 1,
             },
+            "compensation": None,
             "requested_ratio": 0.2,
             "achieved_ratio": {module: achieved(module) for module in ("total", "attention", "mlp")},
             "sites": sites,
@@ -125,6 +135,7 @@ def write_inputs(
             "scores": kl,
         },
     )
+    write(inputs["divergence"], {"kl_divergence": None})
     for name, perplexity, loss in (("evaluation_dense", 21.4837, 0.0), ("evaluation", 29.0716, 0.065)):
         write(
             inputs[name],
@@ -173,6 +184,19 @@ def write_inputs(
     return inputs
 
 
+CURVE_HEADER = "tokens,training_loss,heldout_loss,heldout_kl\n"
+RECOVERED = (
+    {
+        "form": "merged",
+        "tokens": 51200,
+        "steps": 50,
+        "passes": 1.25,
+        "adapter_parameters": 4884480,
+        "heldout_loss": {"dense": 3.3611, "pruned": 4.1718, "recovered": 3.7293},
+        "heldout_kl": {"pruned": 0.8853, "recovered": 0.4127},
+    },
+    CURVE_HEADER + "0,,4.1718,0.8853\n25600,2.5013,3.8025,0.5011\n51200,2.2207,3.7293,0.4127\n",
+)
 CLOZE = {"cloze": {"metric": "acc", "value": 0.615, "stderr": 0.0344, "items": 200}}
 
 
@@ -451,6 +475,37 @@ def test_figures_draws_what_it_has_the_files_for(inputs: dict[str, Path]) -> Non
     assert list(figures(inputs)) == ["kept_share", "saliency", "kl_divergence", "quality", "cost"]
     few = {name: inputs[name] for name in ("plan", "selection", "allocation")}
     assert list(figures(few)) == ["kept_share", "kl_divergence"]
+
+
+def test_a_model_that_was_not_fine_tuned_has_no_learning_curve(page: Page) -> None:
+    assert "fine-tun" not in page.text.lower()
+    assert "recovered" not in page.text
+
+
+def test_the_learning_curve_is_shown_with_its_numbers(tmp_path: Path, params: Any) -> None:
+    inputs = small(tmp_path, recovery=RECOVERED)
+    page = page_of(inputs, params)
+    assert "fine-tuned on 51.20 k tokens" in page.text.replace("\N{NO-BREAK SPACE}", " ")
+    assert page.text.index("What fine-tuning gave back") < page.text.index("Dense beside pruned")
+    shown = {value for value, _ in page.numbers}
+    summary, curve = RECOVERED
+    expected = leaves(summary) + [float(cell) for row in csv.reader(curve.splitlines()[1:]) for cell in row if cell]
+    assert [value for value in expected if value not in shown] == []
+    drawn = figures(inputs)["recovery"]
+    assert "3.729" in drawn and "tokens of fine-tuning" in drawn
+    axes = plots.recovery(summary, plots.read_rows(inputs["recovery_curve"]), 660).axes[0]
+    level, line = axes.lines
+    assert list(level.get_ydata()) == [3.3611, 3.3611]
+    assert list(line.get_xdata()) == [0, 25600, 51200]
+    assert list(line.get_ydata()) == [4.1718, 3.8025, 3.7293]
+
+
+def test_a_curve_without_distillation_has_no_kl(tmp_path: Path, params: Any) -> None:
+    summary = {key: value for key, value in RECOVERED[0].items() if key != "heldout_kl"}
+    curve = CURVE_HEADER + "0,,4.1718,\n51200,2.2207,4.5,\n"  # it may also get worse
+    page = page_of(small(tmp_path, recovery=(summary, curve)), params)
+    assert "KL from dense" not in page.text
+    assert 4.5 in {value for value, _ in page.numbers}
 
 
 @pytest.mark.parametrize("narrow", [False, True])

@@ -144,10 +144,15 @@ def sample(model, corpus, target, **changes):
         "heldout_sequences": 2,
         "heldout_length": 32,
     }
-    params = SimpleNamespace(calibration=SimpleNamespace(**(settings | changes)))
+    compensation = {"method": "none", "sequences": 5, "sequence_length": 16}
+    compensation |= {key: changes.pop(key) for key in ("method",) if key in changes}
+    params = SimpleNamespace(
+        calibration=SimpleNamespace(**(settings | changes)), compensation=SimpleNamespace(**compensation)
+    )
     outputs = {
         "candidates": target / "candidates.safetensors",
         "heldout": target / "heldout.safetensors",
+        "compensation_ids": target / "compensation.safetensors",
         "evaluation": target / "evaluation",
     }
     run(params, {"model": model, "corpus": corpus}, outputs)
@@ -277,3 +282,16 @@ def test_an_encoder_decoder_with_too_few_sentinels_leaves_nothing(corpus, tmp_pa
     with pytest.raises(InputError, match="2 sentinel tokens"):
         sample(model, corpus, tmp_path / "out", heldout_length=100)
     assert not (tmp_path / "out").exists()
+
+
+def test_compensation_fits_on_calibration_documents_only(model, corpus, tmp_path):
+    outputs = sample(model, corpus, tmp_path, method="least_squares")
+    with safe_open(outputs["compensation_ids"], "numpy") as file:
+        assert file.get_tensor("input_ids").shape == (5, 16)
+        (documents,) = json.loads(file.metadata()["documents"])
+    splits = split_documents(read_documents(corpus / "documents.jsonl"))
+    assert set(documents) <= {document.id for document in splits["calibration"]}
+    without = sample(model, corpus, tmp_path / "none")
+    with safe_open(without["compensation_ids"], "numpy") as file:
+        assert file.get_tensor("input_ids").shape == (0, 16)
+    assert digest(without["candidates"]) == digest(outputs["candidates"])

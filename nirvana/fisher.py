@@ -1,0 +1,196 @@
+"""Mask Fisher: what the KL divergence gains, to second order, when one unit leaves.
+
+Put a mask m_u = 1 on each unit's output, draw the labels from the model's own distribution and backpropagate their
+summed cross-entropy ℓ. Then F_u = E Σ (∂ℓ/∂m_u)² is the diagonal of the Fisher information of the masks, and
+KL(dense‖without u) ≈ ½ F_u: in nats, comparable between attention and MLP. Only the gradients of activations are
+needed, none of weights.
+
+The sum may run over sequences, one mask each: then F_u is what the definition says, estimated from as many numbers as
+there are sequences. Or over tokens, one mask each: what the removal at one token does to later ones through the same
+unit counts as independent, and the estimate has a hundred times as many numbers to average. After compensation the
+latter chooses better (docs/results.md), and it is the default.
+
+Sources: Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers" (arXiv 2204.09656), mask Fisher;
+Kunstner et al. 2019 (arXiv 1905.12558), why the labels have to be the model's own.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nirvana.architectures.architecture import Streams
+from nirvana.errors import InputError
+from nirvana.projections import OutputProjection, output_projections, recorded_inputs
+from nirvana.walk import Hidden, Ids, Stack, as_streams, microbatches, part_of, walk_forward
+
+VOCAB_CHUNK = 4096
+"""Head rows at a time."""
+DRAWS = 2
+"""Label sequences drawn a calibration sequence; each is one more backward pass."""
+Masks = Literal["tokens", "sequences"]
+"""What has a mask of its own."""
+
+_Gradients = tuple[Tensor | None, ...]
+
+
+def mask_fisher(
+    stack: Stack,
+    ids: Ids,
+    microbatch: int = 2,
+    draws: int = DRAWS,
+    seed: int = 0,
+    masks: Masks = "tokens",
+    on_layer: Callable[[int], None] = lambda layer: None,
+) -> dict[str, Float[Tensor, " units"]]:
+    """Return ½ F_u of every unit, in nats a predicted token.
+
+    Args:
+        ids: Calibration sequences, all of one length.
+        microbatch: Sequences a forward; changes memory, not the result beyond rounding.
+        draws: Label sequences drawn a calibration sequence, averaged.
+        seed: Of the labels; each sequence has its own generator, so that microbatches change nothing.
+        masks: Whether each token or each sequence has a mask of its own.
+        on_layer: Called after each layer of each of the two walks, for progress.
+
+    Returns:
+        One float32 vector a site, by site name, on the CPU.
+
+    Raises:
+        InputError: If a token id is out of range, a gradient is not finite, or the family's units have no output
+            projection of their own.
+    """
+    stack.check_ids(ids)
+    if microbatch < 1 or draws < 1:
+        raise InputError(f"expected a microbatch and draws of at least 1, got {microbatch} and {draws}; choose e.g. 2")
+    projections = output_projections(stack.architecture)
+    sequences, positions = as_streams(ids)[-1].shape
+    rows = list(microbatches(sequences, microbatch))
+    parts = [stack.embed(part_of(ids, each)) for each in rows]
+    inputs = []
+    with torch.no_grad():
+        for layer, weights in stack.layers(range(stack.num_layers)):
+            inputs.append(parts)
+            parts = walk_forward(stack, parts, layer, weights)
+            on_layer(layer)
+    upstream = [
+        [_label_gradient(stack, part, range(each.start, each.stop), seed, draw) for draw in range(draws)]
+        for part, each in zip(parts, rows, strict=True)
+    ]
+    del parts
+    scale = 1 / (2 * draws * sequences * positions)
+    result: dict[str, Tensor] = {}
+    for layer, weights in stack.layers(reversed(range(stack.num_layers))):
+        squares = _layer_squares(stack, layer, weights, projections[layer], inputs.pop(), upstream, masks)
+        for name, values in squares.items():
+            if not torch.isfinite(values).all():
+                raise InputError(
+                    f"{name}: expected finite gradients, got NaN or infinity; the model's weights or activations "
+                    "overflow: fetch the model again or change the corpus"
+                )
+            result[name] = (values * scale).float().cpu()
+        on_layer(layer)
+    return result
+
+
+def _layer_squares(
+    stack: Stack,
+    layer: int,
+    weights: dict[str, Tensor],
+    projections: list[OutputProjection],
+    inputs: list[Streams],
+    upstream: list[list[_Gradients]],
+    masks: Masks,
+) -> dict[str, Tensor]:
+    """Return Σ (∂ℓ/∂m_u)² of a layer's units; `upstream` is replaced by the gradients at the layer's inputs."""
+    architecture = stack.architecture
+    module, fused = architecture.layer_module(layer), architecture.fuse(layer, weights)
+    paths = [projection.path_in(architecture) for projection in projections]
+    squares = {p.site.name: torch.zeros(p.site.units, dtype=torch.float64) for p in projections}
+    with recorded_inputs(module, paths) as seen, torch.enable_grad():
+        for index, streams in enumerate(inputs):
+            leaves = tuple(stream.detach().requires_grad_() for stream in streams)
+            arguments = architecture.layer_arguments(leaves)[layer]
+            outputs = architecture.run_layer(layer, leaves, arguments, fused, module)
+            entering = [seen[path] for path in paths]
+            for draw, gradients in enumerate(upstream[index]):
+                reached = [(output, g) for output, g in zip(outputs, gradients, strict=True) if g is not None]
+                found = torch.autograd.grad(
+                    [output for output, _ in reached],
+                    (*entering, *leaves),
+                    [g for _, g in reached],
+                    retain_graph=draw + 1 < len(upstream[index]),
+                    allow_unused=True,
+                )
+                for projection, x, at_x in zip(projections, entering, found, strict=False):
+                    # ∂ℓ/∂m_u of a mask that scales the unit's part of x
+                    slopes = (x.detach() * at_x).unflatten(2, (projection.site.units, -1)).sum(dim=3)
+                    slopes = slopes.sum(dim=1, keepdim=True) if masks == "sequences" else slopes
+                    squares[projection.site.name] += slopes.double().square().sum(dim=(0, 1)).cpu()
+                upstream[index][draw] = found[len(entering) :]
+            inputs[index] = ()
+    return squares
+
+
+def _label_gradient(stack: Stack, streams: Streams, sequences: range, seed: int, draw: int) -> _Gradients:
+    """Return ∂ℓ/∂streams for labels drawn from the model's distribution at every position."""
+    leaf = streams[-1].detach().requires_grad_()
+    with torch.enable_grad():
+        normalised = stack.head_input((*streams[:-1], leaf))
+    uniforms = torch.stack(
+        [
+            torch.rand(leaf.shape[1], generator=torch.Generator().manual_seed((seed * 1009 + draw) * 1_000_003 + index))
+            for index in sequences
+        ]
+    )
+    gradient = sampled_label_gradient(
+        normalised.detach(), stack.head_weight(), uniforms.to(leaf.device), stack.architecture.logit_softcap
+    )
+    (at_hidden,) = torch.autograd.grad(normalised, leaf, gradient)
+    return (*(None,) * (len(streams) - 1), at_hidden)
+
+
+@torch.no_grad()
+def sampled_label_gradient(
+    normalised: Hidden,
+    head: Float[Tensor, "vocab hidden"],
+    uniforms: Float[Tensor, "batch tokens"],
+    softcap: float | None = None,
+) -> Hidden:
+    """Return ∂ℓ/∂(what the head reads) where each position's label is drawn from the head's own distribution.
+
+    The logits are made twice, a chunk of the vocabulary at a time: for their normaliser, then for the probabilities.
+    The label is where the cumulative probability passes the position's uniform number.
+    """
+
+    def logits_and_rows(start: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        rows = head[start : start + VOCAB_CHUNK].to(device=hidden.device, dtype=torch.float32)
+        logits = hidden @ rows.T
+        return (logits if softcap is None else softcap * torch.tanh(logits / softcap)), rows
+
+    gradient = torch.empty_like(normalised)
+    for index, hidden in enumerate(normalised):
+        starts = range(0, head.shape[0], VOCAB_CHUNK)
+        parts = [torch.logsumexp(logits_and_rows(start, hidden)[0].double(), dim=1) for start in starts]
+        normaliser = torch.logsumexp(torch.stack(parts), dim=0)
+        below = torch.zeros_like(normaliser)
+        # the last label must be reachable although the probabilities add up to 1 only nearly
+        target = uniforms[index].double().clamp(max=1 - 1e-9)
+        total = torch.zeros_like(hidden)
+        for start in starts:
+            logits, rows = logits_and_rows(start, hidden)
+            probabilities = torch.exp(logits.double() - normaliser[:, None])
+            cumulative = below[:, None] + probabilities.cumsum(dim=1)
+            last = start + VOCAB_CHUNK >= head.shape[0]
+            here = (below <= target) & ((cumulative[:, -1] > target) | last)
+            label = (cumulative <= target[:, None]).sum(dim=1).clamp(max=rows.shape[0] - 1)
+            slope = probabilities.float()
+            slope[here.nonzero().squeeze(1), label[here]] -= 1
+            if softcap is not None:
+                slope *= 1 - (logits / softcap) ** 2
+            total += slope @ rows
+            below = cumulative[:, -1]
+        gradient[index] = total
+    return gradient

@@ -1,0 +1,90 @@
+"""The matrices through which units write into the residual stream, and what flows through them.
+
+Every unit acts on the model through its columns of one matrix: `o_proj` for a KV group, `down_proj` for a neuron.
+What enters that matrix is what a mask on the unit would scale, and what the kept units have to make do with.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from nirvana.architectures.architecture import Architecture
+from nirvana.architectures.site import Site, Slot
+from nirvana.errors import InputError
+
+
+@dataclass(frozen=True)
+class OutputProjection:
+    """One site's output matrix: `[hidden, units · block]`."""
+
+    site: Site
+    slot: Slot
+
+    @property
+    def name(self) -> str:
+        """Full name of the matrix in the checkpoint."""
+        return self.slot.parameter
+
+    def path_in(self, architecture: Architecture) -> str:
+        """Return where the layer's module has the submodule that multiplies by the matrix."""
+        return self.name.removeprefix(architecture.layer_prefix(self.site.layer)).removesuffix(".weight")
+
+
+def output_projections(architecture: Architecture) -> dict[int, list[OutputProjection]]:
+    """Return the output projections of each layer, in the order in which a layer runs them.
+
+    Raises:
+        InputError: If units write through a matrix that is no module of its own, such as those of fused experts.
+    """
+    found: dict[int, list[OutputProjection]] = {}
+    for site in architecture.sites():
+        (slot,) = (slot for slot in site.weight_slots if slot.dim == 1)
+        projection = OutputProjection(site, slot)
+        path = projection.path_in(architecture)
+        try:
+            architecture.layer_module(site.layer).get_submodule(path)
+        except AttributeError:
+            raise InputError(
+                f"{site.name}: expected an output projection that is a module of its own, got one that is fused with "
+                f"others in {architecture.model_type}; use saliency.method nirvana and no compensation"
+            ) from None
+        found.setdefault(site.layer, []).append(projection)
+    return found
+
+
+class Reached(Exception):  # noqa: N818  (no error: it ends a forward that has shown what it was run for)
+    """Raised inside a forward pass that need not go on."""
+
+
+@contextmanager
+def recorded_inputs(module: nn.Module, paths: Sequence[str], stop: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Keep what enters some submodules in each forward until the context ends.
+
+    Args:
+        module: A layer.
+        paths: Submodules of it.
+        stop: Raise `Reached` at the first of them instead of running on.
+
+    Yields:
+        The last input of each, by path; part of the autograd graph where there is one.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def keep(path: str, arguments: tuple[Tensor, ...]) -> None:
+        seen[path] = arguments[0]
+        if stop:
+            raise Reached
+
+    handles = [
+        module.get_submodule(path).register_forward_pre_hook(
+            lambda _, arguments, path=path: keep(path, arguments)  # type: ignore[misc]
+        )
+        for path in paths
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

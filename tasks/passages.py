@@ -1,0 +1,77 @@
+"""Passages of whole sentences from held-out documents, and the spreading of items over the documents."""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+from nirvana.errors import InputError
+from tasks.documents import Document
+
+Item = TypeVar("Item")
+
+_LEAST_WORDS = 40  # whole sentences, so up to one sentence more
+_MOST_WORDS = 90
+# two letters before the stop: initials and most abbreviations end no sentence; WikiText has a space before the stop
+_SENTENCE_END = re.compile(r"(?:(?<=[a-z]{2}[.!?])|(?<=[a-z]{2} [.!?]))\s+(?=[A-Z])")
+
+
+def split_sentences(text: str) -> list[str]:
+    """Split a text into sentences; line breaks become spaces."""
+    return _SENTENCE_END.split(" ".join(text.split()))
+
+
+def passage(before: Sequence[str], beginning: str) -> str | None:
+    """Return the passage of 40 to 90 words that ends with the beginning of a sentence.
+
+    Args:
+        before: Sentences that may precede it, in the text's order; at least one is taken.
+        beginning: The sentence as far as it is shown.
+
+    Returns:
+        The shortest such passage of whole sentences; None if it would be too long or the text begins too late.
+    """
+    first, words = len(before), len(beginning.split())
+    while words < _LEAST_WORDS and first > 0:
+        first -= 1
+        words += len(before[first].split())
+    if first == len(before) or not _LEAST_WORDS <= words <= _MOST_WORDS:
+        return None
+    return " ".join([*before[first:], beginning])
+
+
+def spread_items(
+    documents: Sequence[Document],
+    make_items: Callable[[Document], Iterable[Item]],
+    key: Callable[[Item], bytes],
+    count: int,
+    parameter: str,
+) -> list[Item]:
+    """Make items, spread over the documents; the first n are the same for every larger count.
+
+    Args:
+        documents: Held-out documents, in any order.
+        make_items: Makes all items of a document.
+        key: Orders the items of a document.
+        count: Number of items.
+        parameter: What that number is called in params.yaml.
+
+    Raises:
+        InputError: If the documents do not hold that many.
+    """
+    shuffled = sorted(documents, key=lambda document: order_key(document.id))
+    queues = [sorted(make_items(document), key=key) for document in shuffled]
+    rounds = max(map(len, queues), default=0)
+    # one item of each document, then a second of each, ...
+    items = [queue[turn] for turn in range(rounds) for queue in queues if turn < len(queue)]
+    if len(items) < count:
+        raise InputError(
+            f"{parameter}: expected {count} items, the {len(documents)} evaluation documents hold "
+            f"{len(items)}; lower it or use a larger corpus (corpus.source, corpus.max_documents)"
+        )
+    return items[:count]
+
+
+def order_key(*parts: Any) -> bytes:
+    """Return what puts things in an order that is random, yet the same everywhere."""
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).digest()

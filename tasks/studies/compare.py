@@ -1,0 +1,300 @@
+"""NIRVANA and its rivals under one protocol: the same calibration text, budget and judge for all.
+
+A row is one method at one ratio, its output projections as they were, with FLAP's bias, or solved for by least squares.
+Whatever makes up for lost units may be given to every method; what it is fitted on is the same text for all.
+
+Everything is judged by walking over the dense model's layers: no checkpoint is written, but for ShortGPT's.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nirvana.allocation import Keep, Rule, achieved_ratio
+from nirvana.baselines.flap import bias_compensation
+from nirvana.baselines.shortgpt import write_shortgpt
+from nirvana.calibration import calibration_digest
+from nirvana.compensation import RIDGE, compensate
+from nirvana.divergence import dense_hidden_states, head_divergence, pruned_hidden_states
+from nirvana.errors import InputError
+from nirvana.files import scratch_directory
+from nirvana.input_statistics import InputStatistics, input_statistics
+from nirvana.likelihood import token_losses
+from nirvana.projections import output_projections
+from nirvana.slicing import Slicer
+from nirvana.walk import Hidden, Stack
+from nirvana.weights import model_digest
+from tasks.studies.methods import FOLDER, SEEDED, SHORTGPT, allocate_for, cached_tensors, method_named, scores_of
+from tasks.studies.store import STUDIES, cached
+
+Compensation = Literal["none", "bias", "least_squares"]
+COMPENSATIONS: tuple[Compensation, ...] = ("none", "bias", "least_squares")
+DENSE = "dense"
+ROUND_TO = 8
+BEST = ("fisher", "least_squares")
+"""What the others are measured against, unless told otherwise."""
+
+HiddenOf = Callable[[Int[Tensor, "windows tokens"]], Hidden]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Token ids `[sequences, tokens]` and the digest that names them."""
+
+    ids: Int[Tensor, "sequences tokens"]
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "digest", calibration_digest(self.ids))
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a comparison reads."""
+
+    calibration: Text
+    """Every method scores on it."""
+    compensation: Text
+    """Every compensation is fitted on it."""
+    heldout: Text
+    """KL(dense‖pruned) is taken on it."""
+    evaluation: Text
+    """Windows whose losses are compared."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which rows are asked for; `seeds` counts for the methods that draw something."""
+
+    methods: tuple[str, ...] = ("nirvana", "fisher", "flap", "llm_pruner", "wanda_sp", SHORTGPT)
+    ratios: tuple[float, ...] = (0.2, 0.4)
+    compensations: tuple[Compensation, ...] = COMPENSATIONS
+    seeds: int = 1
+
+    def cells(self) -> Iterator[tuple[str, float, Compensation, int]]:
+        """Yield method, ratio, compensation and seed of every row."""
+        for name in self.methods:
+            seeds = self.seeds if name in SEEDED else 1
+            # whole layers leave: there is no projection to make up for
+            compensations = COMPENSATIONS[:1] if name == SHORTGPT else self.compensations
+            for seed in range(seeds):
+                for ratio in self.ratios:
+                    yield from ((name, ratio, compensation, seed) for compensation in compensations)
+
+
+def measure(comparison: "Comparison", settings: Settings) -> list[Row]:
+    """Return the dense model's row and every row asked for; what an earlier run finished is not computed again.
+
+    Raises:
+        InputError: If a method is unknown, a ratio cannot be reached, or the model is of a kind that a method or
+            compensation cannot work on.
+    """
+    for name in settings.methods:
+        if name != SHORTGPT:
+            method_named(name)
+    cells = list(settings.cells())
+    rows = [comparison.dense()]
+    with tqdm(cells, desc="comparing", unit="row") as bar:
+        for name, ratio, compensation, seed in bar:
+            bar.set_postfix_str(f"{name} {ratio:g} {compensation}")
+            rows.append(comparison.row(name, ratio, compensation, seed))
+    return rows
+
+
+def window_losses(
+    hidden: Hidden, ids: Int[Tensor, "windows tokens"], head: Float[Tensor, "vocab hidden"], softcap: float | None
+) -> Float[Tensor, " windows"]:
+    """Return each window's mean negative log-likelihood of its tokens after the first, in nats."""
+    targets = ids[:, 1:].flatten().to(hidden.device)
+    return token_losses(hidden[:, :-1].flatten(0, 1), targets, head, softcap).view(len(ids), -1).mean(dim=1)
+
+
+class Comparison:
+    """One dense model and the texts that it is pruned and judged by."""
+
+    def __init__(self, model_directory: Path | str, texts: Texts, ridge: float = RIDGE, round_to: int = ROUND_TO):
+        self.model_directory, self.texts = Path(model_directory), texts
+        self.ridge, self.round_to = ridge, round_to
+        self.model = model_digest(self.model_directory)
+
+    @cached_property
+    def stack(self) -> Stack:
+        """The dense model, opened when the first row has to be computed."""
+        stack = Stack.open(self.model_directory)
+        if stack.architecture.is_encoder_decoder:
+            raise InputError(
+                f"compare: expected a decoder-only model, got {stack.architecture.model_type}; its rivals are defined "
+                "for those only"
+            )
+        return stack
+
+    @cached_property
+    def _dense_heldout(self) -> Hidden:
+        return dense_hidden_states(self.stack, self.texts.heldout.ids)
+
+    @cached_property
+    def _statistics(self) -> InputStatistics:
+        """Of what the dense model's output projections read in the text for compensation."""
+
+        def compute() -> dict[str, np.ndarray]:
+            found = input_statistics(self.stack, self.texts.compensation.ids)
+            kinds = {"mean": found.mean, "second_moment": found.second_moment}
+            return {f"{kind} {name}": values.numpy() for kind, of in kinds.items() for name, values in of.items()}
+
+        parts = {"kind": "input statistics", "model": self.model, "text": self.texts.compensation.digest}
+        kept, _ = cached_tensors(parts, input_statistics, compute)
+        by_kind = {
+            kind: {
+                name.removeprefix(f"{kind} "): torch.from_numpy(values)
+                for name, values in kept.items()
+                if name.startswith(f"{kind} ")
+            }
+            for kind in ("mean", "second_moment")
+        }
+        return InputStatistics(**by_kind)
+
+    # --- rows -------------------------------------------------------------------------------------------------
+
+    def dense(self) -> Row:
+        """Return the row of the model that is not pruned."""
+        return cached(self._key(DENSE, 0.0, "none", 0, {}), self._dense_row)
+
+    def row(
+        self, name: str, ratio: float, compensation: Compensation = "none", seed: int = 0, rule: Rule = "exact"
+    ) -> Row:
+        """Return one row, computed now unless it is known.
+
+        Args:
+            name: One of `tasks.studies.methods.NAMES`.
+            ratio: Share of the block weights that leaves.
+            compensation: What makes up for it.
+            seed: Of what the method draws.
+            rule: How ranking `modules` counts: `published` is the authors' code, which may miss the ratio.
+
+        Returns:
+            Names of what was asked for; `achieved_ratio`; `parameters`, biases of the compensation included;
+            `kl_divergence` on the held-out text, nats a token; `losses`, one mean a window of the evaluation text;
+            `saliency_seconds`, `compensation_seconds`, `evaluation_seconds` of the run that computed it.
+
+        Raises:
+            InputError: If the method is unknown, or cannot prune this model by this ratio.
+        """
+        if name == SHORTGPT:
+            if compensation != "none":
+                raise InputError(
+                    f"{SHORTGPT}: expected compensation none, for it keeps no part of a layer; got another"
+                )
+            return cached(self._key(name, ratio, "none", 0, {}), lambda: self._shortgpt_row(ratio))
+        method = method_named(name)
+        how = {key: value for key, value in asdict(method).items() if key not in ("scorer", "source")}
+        how |= {"rule": rule, "round_to": self.round_to}
+        key = self._key(name, ratio, compensation, seed if name in SEEDED else 0, how)
+        return cached(key, lambda: self._pruned_row(name, ratio, compensation, seed, rule))
+
+    def _key(
+        self, name: str, ratio: float, compensation: Compensation, seed: int, how: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        texts = {each: getattr(self.texts, each).digest for each in ("calibration", "heldout", "evaluation")}
+        if compensation != "none":
+            texts["compensation"] = self.texts.compensation.digest
+        if name == DENSE:
+            del texts["calibration"]
+        key: dict[str, Any] = {"study": FOLDER, "kind": "row", "model": self.model, "method": name, "how": dict(how)}
+        key |= {"ratio": ratio, "compensation": compensation, "seed": seed, "texts": texts}
+        return key | ({"ridge": self.ridge} if compensation == "least_squares" else {})
+
+    def _dense_row(self) -> Row:
+        shapes = self.stack.architecture.parameter_shapes
+        size = {"achieved_ratio": 0.0, "parameters": _count(shapes.values())}
+        return _named(DENSE, 0.0, "none", 0) | size | self._judged(lambda ids: dense_hidden_states(self.stack, ids))
+
+    def _shortgpt_row(self, ratio: float) -> Row:
+        start = time.monotonic()
+        with scratch_directory(STUDIES / FOLDER / SHORTGPT) as directory:
+            target = directory / "checkpoint"
+            achieved = write_shortgpt(self.model_directory, self.stack, self.texts.calibration.ids, ratio, target)
+            short = Stack.open(target)
+            size = {"achieved_ratio": achieved, "parameters": _count(short.architecture.parameter_shapes.values())}
+            seconds = {"saliency_seconds": time.monotonic() - start}
+            judged = self._judged(lambda ids: dense_hidden_states(short, ids))
+        return _named(SHORTGPT, ratio, "none", 0) | size | judged | seconds
+
+    def _pruned_row(self, name: str, ratio: float, compensation: Compensation, seed: int, rule: Rule) -> Row:
+        keep, seconds = self.keep(name, ratio, seed, rule)
+        sites = self.stack.architecture.sites()
+        start = time.monotonic()
+        updates = self._updates(keep, compensation)
+        solved = time.monotonic() - start
+        slicer, shapes = Slicer(sites, keep), self.stack.architecture.parameter_shapes
+        extra = [tuple(value.shape) for name, value in updates.items() if name not in shapes]
+        size = {
+            "achieved_ratio": achieved_ratio(sites, {site: len(kept) for site, kept in keep.items()})["total"],
+            "parameters": _count([*(slicer.shape(each, shape) for each, shape in shapes.items()), *extra]),
+        }
+        judged = self._judged(lambda ids: pruned_hidden_states(self.stack, keep, ids, updates))
+        took = {"saliency_seconds": seconds, "compensation_seconds": solved}
+        return _named(name, ratio, compensation, seed) | size | judged | took
+
+    def keep(self, name: str, ratio: float, seed: int = 0, rule: Rule = "exact") -> tuple[Keep, float]:
+        """Return which units a method keeps, and the seconds that its scores took."""
+        method, text = method_named(name), self.texts.calibration
+        scores = scores_of(method, lambda: self.stack, self.model, text.ids, text.digest, seed)
+        sites = self.stack.architecture.sites()
+        return allocate_for(method, sites, scores.saliency, ratio, self.round_to, rule), scores.seconds
+
+    # --- what makes up for lost units, and what is left to lose --------------------------------------------------
+
+    def _updates(self, keep: Keep, compensation: Compensation) -> dict[str, Tensor]:
+        if compensation == "least_squares":
+            return dict(compensate(self.stack, keep, self.texts.compensation.ids, self.ridge))
+        if compensation == "bias":
+            _check_can_have_biases(self.stack)
+            return bias_compensation(self.stack, keep, self._statistics)
+        return {}
+
+    def _judged(self, hidden_of: HiddenOf) -> Row:
+        start = time.monotonic()
+        head, softcap = self.stack.head_weight(), self.stack.architecture.logit_softcap
+        heldout, evaluation = self.texts.heldout.ids, self.texts.evaluation.ids
+        pruned = hidden_of(heldout).flatten(0, 1)
+        divergence = head_divergence(self._dense_heldout.flatten(0, 1), pruned, head, softcap)
+        losses = window_losses(hidden_of(evaluation), evaluation, head, softcap).tolist()
+        if not np.isfinite([divergence, *losses]).all():
+            raise InputError("compare: expected finite losses, got NaN or infinity; the model's activations overflow")
+        return {
+            "kl_divergence": divergence,
+            "losses": losses,
+            "saliency_seconds": 0.0,
+            "compensation_seconds": 0.0,
+            "evaluation_seconds": time.monotonic() - start,
+        }
+
+
+def _named(method: str, ratio: float, compensation: Compensation, seed: int) -> Row:
+    return {"method": method, "ratio": ratio, "compensation": compensation, "seed": seed}
+
+
+def _count(shapes: Iterable[tuple[int, ...]]) -> int:
+    return sum(int(np.prod(shape)) for shape in shapes)
+
+
+def _check_can_have_biases(stack: Stack) -> None:
+    """A linear layer without a bias takes one for a call; what else there may be would ignore it."""
+    for layer, projections in output_projections(stack.architecture).items():
+        module = stack.architecture.layer_module(layer)
+        for projection in projections:
+            if not isinstance(module.get_submodule(projection.path_in(stack.architecture)), nn.Linear):
+                raise InputError(
+                    f"{projection.name}: expected a linear layer that can have a bias, got another kind; leave "
+                    "compensation bias out"
+                )

@@ -1,0 +1,99 @@
+"""Run the parts of the kernel study, several at a time."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from nirvana.files import read_json
+from tasks import fetch_corpus
+from tasks.jobs import Job, Progress
+from tasks.params import Params
+from tasks.process_pool import run_in_processes
+from tasks.studies.ntk import CACHE, METHODS, Settings, curve, kernel_rows, subject_of
+from tasks.studies.store import STUDIES
+from tasks.studies.tiny_model import RECORD, read_text
+
+
+def fetched_corpus(params: Params) -> Path:
+    """Return the corpus of params.yaml, fetched as the pipeline does it, into the studies' own cache.
+
+    Raises:
+        InputError: If the source cannot be resolved or read.
+    """
+    stated = json.dumps(asdict(params.corpus), sort_keys=True)
+    directory = STUDIES / "corpus" / hashlib.sha256(stated.encode()).hexdigest()[:16]
+    if not (directory / "source.json").is_file():
+        fetch_corpus.run(params, {}, {"corpus": directory})
+    return directory
+
+
+def measure(settings: Settings, corpus: Path, processes: int) -> dict[str, list[dict[str, Any]]]:
+    """Train, prune, measure and fine-tune; what an earlier run finished is not computed again.
+
+    Args:
+        settings: What is measured.
+        corpus: What step fetch_corpus wrote.
+        processes: Of one thread each.
+
+    Returns:
+        `models`, one training record a seed; `kernels`, one row a seed, method and ratio; `curves`, one a seed and
+        method, and one of the dense model.
+    """
+    read_text(corpus, settings.recipe.vocabulary, CACHE)  # once, not in every process
+    seeds = range(settings.seeds)
+    models = _run([(seed, "model", "") for seed in seeds], "training", settings, corpus, processes)
+    kinds = [("kernel", method) for method in METHODS] + [("curve", method) for method in ("dense", *METHODS)]
+    tasks = [(seed, kind, method) for seed in seeds for kind, method in kinds]
+    parts = _run(tasks, "pruning and fine-tuning", settings, corpus, processes)
+    found = list(zip(tasks, parts, strict=True))
+    return {
+        "models": models,
+        "kernels": [row for (_, kind, _), rows in found if kind == "kernel" for row in rows],
+        "curves": [points for (_, kind, _), points in found if kind == "curve"],
+    }
+
+
+def _run(
+    tasks: Sequence[tuple[int, str, str]], description: str, settings: Settings, corpus: Path, processes: int
+) -> list[Any]:
+    values: dict[int, Any] = {}
+    shared = {"settings": settings, "corpus": corpus}
+    jobs = [
+        Job(index, CACHE, arguments={**shared, "seed": seed, "kind": kind, "method": method})
+        for index, (seed, kind, method) in enumerate(tasks)
+    ]
+    with tqdm(total=len(jobs), desc=description, unit="part") as bar:
+
+        def finish(job: Job, value: bytes) -> None:
+            values[job.index] = json.loads(value)
+            bar.update()
+
+        if processes == 1:
+            for job in jobs:
+                finish(job, do_part(job, "cpu", lambda share: None))
+        else:
+            run_in_processes(do_part, jobs, ["cpu"] * processes, 1, finish)
+    return [values[index] for index in range(len(jobs))]
+
+
+def do_part(job: Job, device: str, progress: Progress) -> bytes:
+    """Do one job of the study; return its value as JSON."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of loading a megabyte
+    settings, seed, corpus, kind, method = (
+        job.arguments[name] for name in ("settings", "seed", "corpus", "kind", "method")
+    )
+    value: Any
+    if kind == "model":
+        value = read_json(subject_of(settings, seed, corpus).directory / RECORD)
+    elif kind == "kernel":
+        value = kernel_rows(settings, seed, corpus, method)
+    else:
+        value = curve(settings, seed, corpus, method)
+    return json.dumps(value).encode()

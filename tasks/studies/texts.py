@@ -1,0 +1,124 @@
+"""Where a comparison's texts come from: the pipeline's files, or JSON files of token ids."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nirvana.errors import InputError
+from nirvana.files import read_json
+from nirvana.perplexity import windows_from_documents
+from tasks.documents import read_documents
+from tasks.sample_pool import Encoder, draw, split_documents
+from tasks.studies.compare import Text, Texts
+from tasks.token_files import read_ids
+
+if TYPE_CHECKING:
+    from tasks.params import Params
+
+CALIBRATION_SEQUENCES = 32
+"""The paper's; of the pipeline's first candidates, as many as are there."""
+WINDOW = 128
+"""Tokens of an evaluation window: short, so that there are enough of them to resample."""
+
+
+def texts_of_ids(directory: Path, tokens: int | None = None, compensation_sequences: int | None = None) -> Texts:
+    """Read calibration_ids, calibration_extra_ids, heldout_ids and evaluation_ids, each a list of lists of token ids.
+
+    Args:
+        directory: Of the `.json` files. Compensation is fitted on the calibration ids, then the extra ones.
+        tokens: Evaluation tokens, rounded down to whole windows; None: all.
+        compensation_sequences: None: all.
+
+    Raises:
+        InputError: If a file is missing, or holds anything but sequences of one length.
+    """
+    calibration, extra, heldout, evaluation = (
+        _ids_from(directory / f"{name}_ids.json")
+        for name in ("calibration", "calibration_extra", "heldout", "evaluation")
+    )
+    if calibration.shape[1] != extra.shape[1]:
+        raise InputError(
+            f"{directory}: expected calibration_ids and calibration_extra_ids of one length, got "
+            f"{calibration.shape[1]} and {extra.shape[1]} tokens; cut them alike"
+        )
+    windows = len(evaluation) if tokens is None else tokens // evaluation.shape[1]
+    return Texts(
+        Text(calibration),
+        Text(_first(torch.cat([calibration, extra]), compensation_sequences, "compensation", directory)),
+        Text(heldout),
+        Text(_first(evaluation, max(1, windows), "evaluation", directory)),
+    )
+
+
+def _first(ids: Tensor, count: int | None, what: str, source: Path) -> Tensor:
+    if count is not None and count > len(ids):
+        raise InputError(
+            f"{source}: expected {count} sequences of {ids.shape[1]} tokens for {what}, got {len(ids)}; ask for fewer"
+        )
+    return ids[:count].clone()
+
+
+def _ids_from(file: Path) -> Tensor:
+    values = read_json(file)
+    rows = values if isinstance(values, list) else []
+    whole = all(isinstance(row, list) and row and all(type(each) is int for each in row) for row in rows)
+    if not rows or not whole or len({len(row) for row in rows}) != 1:
+        raise InputError(f"{file}: expected a list of equally long lists of token ids, got something else; correct it")
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def texts_of_pipeline(
+    params: "Params", model: Path, files: Mapping[str, Path], tokens: int, compensation_sequences: int
+) -> Texts:
+    """Take what the pipeline drew.
+
+    Args:
+        params: How it drew.
+        model: The dense model, whose tokenizer reads documents.
+        files: `candidates`, `heldout`, `compensation_ids`, `evaluation` and `corpus`: outputs of sample_pool and of
+            fetch_corpus.
+        tokens: Evaluation tokens, BOS included; rounded up to windows of `WINDOW`.
+        compensation_sequences: The pipeline's where it drew so many, else drawn as it would.
+
+    Raises:
+        InputError: If a file is missing or the corpus is too small.
+    """
+    candidates = _one(read_ids(files["candidates"]), files["candidates"]).flatten(0, 1)
+    heldout = _one(read_ids(files["heldout"]), files["heldout"])
+    documents = read_documents(files["evaluation"] / "documents.jsonl")
+    encoder = Encoder.of_model(model, params.calibration.add_bos)
+    bos = encoder.tokenizer.bos_token_id is not None
+    texts = (document.text for document in documents)
+    return Texts(
+        Text(candidates[:CALIBRATION_SEQUENCES].clone()),
+        Text(_for_compensation(params, files, encoder, compensation_sequences)),
+        Text(heldout),
+        Text(windows_from_documents(encoder.tokenizer, texts, WINDOW, tokens, bos)),
+    )
+
+
+def _one(streams: tuple[Tensor, ...], file: Path) -> Tensor:
+    if len(streams) != 1:
+        raise InputError(
+            f"{file}: expected token ids of a decoder-only model, got an encoder-decoder's; choose another"
+        )
+    return streams[0]
+
+
+def _for_compensation(params: "Params", files: Mapping[str, Path], encoder: Encoder, sequences: int) -> Tensor:
+    drawn = _one(read_ids(files["compensation_ids"]), files["compensation_ids"])
+    if len(drawn) >= sequences:
+        return drawn[:sequences].clone()
+    pool = draw(
+        split_documents(read_documents(files["corpus"] / "documents.jsonl"))["calibration"],
+        encoder,
+        batches=1,
+        sequences=sequences,
+        length=params.compensation.sequence_length,
+        order=f"compensation {params.calibration.seed}",
+        names=("one batch for compensation", "--compensation-sequences", "compensation.sequence_length"),
+    )
+    return torch.from_numpy(pool.input_ids[0])
