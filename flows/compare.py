@@ -20,6 +20,7 @@ from prefect import State, flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed, Failed
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -159,10 +160,12 @@ def _print_result(
     from tasks.studies.leaderboard import shown
 
     console = Console()
+    console.width = max(console.width, 92)  # a broken line is worse to read than a long one
     heading, *rows = shown(lines, reference)
-    table = Table(title="Methods by ratio and perplexity; loss in nats a token", title_justify="left")
+    title = "Methods by ratio and perplexity; loss in nats a token, with its 95 % interval"
+    table = Table(title=title, title_justify="left", box=SIMPLE)
     for number, name in enumerate(heading):
-        table.add_column(name, justify="left" if number in (1, 2) else "right")
+        table.add_column(name, justify="left" if number == 1 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console.print(table)

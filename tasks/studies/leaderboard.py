@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -114,21 +114,22 @@ def write_leaderboard(lines: Sequence[Line], path: Path) -> Path:
 
 def shown(lines: Sequence[Line], reference: tuple[str, str] = BEST) -> list[list[str]]:
     """Return the lines as text: a header, then one row each."""
-    heading = ["ratio", "method", "compensation", "achieved", "KL", "perplexity", "loss above the reference, 95 %"]
-    return [heading, *(_shown(line, reference) for line in lines)]
+    return [
+        ["ratio", "method", "achieved", "KL", "perplexity", "loss above reference"],
+        *(_shown(x, reference) for x in lines),
+    ]
 
 
 def _shown(line: Line, reference: tuple[str, str]) -> list[str]:
-    dense = line.method == DENSE
-    achieved = "" if dense else f"{line.achieved_ratio:.3f}{' *' if line.off_budget else ''}"
-    difference = f"{line.loss_difference:+.3f}  [{line.low:+.3f}, {line.high:+.3f}]"
-    if dense or (line.method, line.compensation) == reference:
-        difference = "" if dense else "the reference"
-    method = line.method if line.seeds == 1 else f"{line.method} ({line.seeds} seeds)"
-    compensation = "" if line.compensation == "none" else line.compensation.replace("_", " ")
-    ratio = "" if dense else f"{line.ratio:g}"
+    names = (line.method, line.compensation)
+    method = _called(names) + (f" ({line.seeds} seeds)" if line.seeds > 1 else "")
     perplexity = f"{line.token_perplexity:.2f}" if line.token_perplexity < 1e4 else f"{line.token_perplexity:.2e}"
-    return [ratio, method, compensation, achieved, f"{line.kl_divergence:.3f}", perplexity, difference]
+    if line.method == DENSE:
+        return ["", method, "", "", perplexity, ""]
+    achieved = f"{line.achieved_ratio:.3f}{' *' if line.off_budget else ''}"
+    difference = f"{line.loss_difference:+.2f} [{line.low:+.2f}, {line.high:+.2f}]"
+    difference = "the reference" if names == reference else difference
+    return [f"{line.ratio:g}", method, achieved, f"{line.kl_divergence:.3f}", perplexity, difference]
 
 
 def verdict(lines: Sequence[Line], reference: tuple[str, str] = BEST) -> list[str]:
@@ -149,8 +150,13 @@ def verdict(lines: Sequence[Line], reference: tuple[str, str] = BEST) -> list[st
     return sentences
 
 
-def _listed(lines: Iterable[Line]) -> str:
-    return ", ".join(_called((line.method, line.compensation)) for line in lines)
+_LISTED = 4  # names a sentence has room for
+
+
+def _listed(lines: Sequence[Line]) -> str:
+    names = [_called((line.method, line.compensation)) for line in lines[:_LISTED]]
+    more = len(lines) - len(names)
+    return ", ".join(names) + (f" and {more} more" if more else "")
 
 
 def _called(names: tuple[str, str]) -> str:

@@ -354,8 +354,8 @@ def test_leaderboard_by_hand(tmp_path):
     assert float(rows[3]["token_perplexity"]) == random.token_perplexity
     assert (rows[2]["off_budget"], rows[2]["achieved_ratio"]) == ("True", "0.206")
     table = shown(lines)
-    assert table[3][3] == "0.206 *" and table[2][-1] == "the reference"
-    assert table[4][1] == "random (2 seeds)" and table[4][-1] == "+3.500  [+3.000, +4.000]"
+    assert table[3][2] == "0.206 *" and table[2][-1] == "the reference"
+    assert table[4][1] == "random (2 seeds)" and table[4][-1] == "+3.50 [+3.00, +4.00]"
 
 
 def test_the_verdict_tells_sure_from_unsure():
