@@ -9,8 +9,8 @@ solved in float64 from the Gram matrix. No gradient, one pass, one layer in memo
 are part of Y, so later layers correct them.
 
 What is left over by then is noise to the head, which makes the model surer than it should be. So the last norm's gain
-is fitted as well: a factor a channel, by least squares toward what the dense head reads, on sequences that the
-matrices were not fitted on (on their own ones the noise looks smaller than it is).
+is scaled as well: one factor, by least squares toward what the dense head reads, on sequences that the matrices were
+not fitted on (on their own ones the noise looks smaller than it is; a factor a channel would fit noise there).
 
 Sources: He et al. 2017, "Channel Pruning" (arXiv 1707.06168), least squares over kept channels; docs/concepts.md for
 the sequential target.
@@ -84,15 +84,14 @@ def compensate(
 
 
 def _gain(stack: Stack, dense: list[Streams], pruned: list[Streams]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the last norm's weight, a factor a channel times what it was."""
-    products = torch.zeros(stack.architecture.hidden_size, dtype=torch.float64, device=stack.device)
-    squares = torch.full_like(products, torch.finfo(torch.float32).tiny)
+    """Yield the last norm's weight such that what the head reads is scaled by one factor."""
+    product, square = 0.0, torch.finfo(torch.float32).tiny
     for of_dense, of_pruned in zip(dense, pruned, strict=True):
-        goal, given = (stack.head_input(streams).flatten(0, -2).double() for streams in (of_dense, of_pruned))
-        products += (goal * given).sum(dim=0)
-        squares += given.square().sum(dim=0)
+        goal, given = (stack.head_input(streams).double() for streams in (of_dense, of_pruned))
+        product += float((goal * given).sum())
+        square += float(given.square().sum())
     name, offset = f"{stack.architecture.norm_prefix}weight", stack.architecture.norm_offset
-    yield name, ((stack.parameter(name).double() + offset) * products / squares - offset).float()
+    yield name, ((stack.parameter(name).double() + offset) * (product / square) - offset).float()
 
 
 class _LayerPair:
@@ -128,26 +127,27 @@ class _LayerPair:
         # What the dense path writes at each projection, and what the pruned path lacks before it.
         written, dense_next = self._dense_writes(dense)
         stream, scale = self.architecture.written_stream(self.layer), self.architecture.residual_scale
+        nothing = torch.zeros((), device=self.stack.device)  # a target of its own, where a norm comes between
         lacking = [
-            None if scale is None else (whole[stream] - cut[stream]) / scale
+            nothing if scale is None else (whole[stream] - cut[stream]) / scale
             for whole, cut in zip(dense, pruned, strict=True)
         ]
         solved = {}
         for index, projection in enumerate(self.projections):
             entering = [self._entering(streams, index) for streams in pruned]
-            target = [
-                of_dense[index] if lack is None else of_dense[index] + lack
-                for of_dense, lack in zip(written, lacking, strict=True)
-            ]
+            target = [of_dense[index] + lack for of_dense, lack in zip(written, lacking, strict=True)]
             fitted = [index for index in range(len(entering)) if index not in apart]
             matrix = self._solve(projection, [entering[i] for i in fitted], [target[i] for i in fitted], ridge)
             self.weights[projection.name] = solved[projection.name] = matrix
-            lacking = [
-                None if lack is None else goal - x @ matrix.T
-                for x, goal, lack in zip(entering, target, lacking, strict=True)
-            ]
-        fused = self.architecture.fuse(self.layer, self.weights)
-        pruned_next = [self._run(self.module, streams, fused) for streams in pruned]
+            if scale is not None:
+                lacking = [goal - x @ matrix.T for x, goal in zip(entering, target, strict=True)]
+        if scale is None or not self.architecture.ends_in_addition(self.layer):
+            fused = self.architecture.fuse(self.layer, self.weights)
+            return dense_next, [self._run(self.module, streams, fused) for streams in pruned], solved
+        pruned_next = [
+            (*before[:stream], whole[stream] - lack * scale, *before[stream + 1 :])
+            for before, whole, lack in zip(pruned, dense_next, lacking, strict=True)
+        ]
         return dense_next, pruned_next, solved
 
     def _run(self, module: nn.Module, streams: Streams, fused: Mapping[str, Tensor]) -> Streams:

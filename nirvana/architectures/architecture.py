@@ -165,6 +165,10 @@ class Architecture(ABC):
         """Return which of the streams a layer adds to."""
         return 0
 
+    def ends_in_addition(self, layer: int) -> bool:
+        """Tell whether nothing follows when a layer has added its last output projection to the stream."""
+        return self.residual_scale is not None
+
     def embed(self, vectors: Sequence[Tensor]) -> Streams:
         """Return the streams that enter layer 0, from the embeddings of each stream's token ids."""
         return tuple(vector * self.embedding_scale if self.embedding_scale != 1.0 else vector for vector in vectors)

@@ -155,6 +155,10 @@ class T5(Architecture):
         """Return 0 for a layer of the encoder, 1 for one of the decoder."""
         return int(layer >= self.config.num_layers)
 
+    def ends_in_addition(self, layer: int) -> bool:
+        """Tell that the encoder's last layer here ends in the encoder's norm."""
+        return layer != self.config.num_layers - 1
+
     def _build_skeleton(self) -> Any:
         return AutoModelForSeq2SeqLM.from_config(self.config)
 

@@ -45,7 +45,7 @@ def test_fewer_tokens_than_columns_restore_the_dense_stream(name, tmp_path):
     """With more kept columns than tokens the fit is exact: whatever was lost, the streams become the dense ones."""
     stack, ids = Stack.open(save_family(name, tmp_path)), ids_for(name, 1, 7)
     keep = random_keep(stack.architecture.sites())
-    updates = dict(compensate(stack, keep, ids, ridge=1e-10))
+    updates = dict(compensate(stack, keep, ids, ridge=1e-6))
     dense = dense_hidden_states(stack, ids)
     assert not torch.allclose(pruned_hidden_states(stack, keep, ids), dense, atol=0.1)
     torch.testing.assert_close(pruned_hidden_states(stack, keep, ids, updates), dense, rtol=1e-3, atol=2e-3)
@@ -134,6 +134,6 @@ def test_the_gain_is_a_regression_through_the_origin(tmp_path):
     without = {name: values for name, values in updates.items() if name != "model.norm.weight"}
     apart = torch.cat([ids[448:512]])  # the eighth of ten microbatches of 64 sequences
     goal, given = dense_hidden_states(stack, apart), pruned_hidden_states(stack, keep, apart, without)
-    factor = (goal * given).sum((0, 1)) / given.square().sum((0, 1))
+    factor = (goal * given).sum() / given.square().sum()
     before = stack.parameter("model.norm.weight")
     torch.testing.assert_close(updates["model.norm.weight"], (1 + before) * factor - 1, rtol=1e-3, atol=1e-4)

@@ -136,7 +136,9 @@ def test_job_that_kills_its_workers_is_given_up(runtime, tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
 @pytest.mark.parametrize("runner", ["processes", "dask"])
 def test_no_worker_outlives_its_step(runner, how, tmp_path):
+    # a shell that starts tests in the background has them ignore the keyboard
     code = f"""
+import signal; signal.signal(signal.SIGINT, signal.default_int_handler)
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}, {str(ROOT / "tests/tasks")!r}]
 import toy_workers
 from pathlib import Path
