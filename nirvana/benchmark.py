@@ -97,7 +97,7 @@ def benchmark(
     compared = compare(figures["dense"], figures["pruned"])
     if not together:
         compared["warning"] = "; ".join(filter(None, [_NOT_ALTERNATED, compared["warning"]]))
-    return {**figures, **compared, "machine": _machine(device)}
+    return {**figures, **compared, "machine": machine_of(device)}
 
 
 def _measure(
@@ -133,8 +133,19 @@ def measure_latencies(models: Mapping[str, PreTrainedModel], workload: Workload)
     Returns:
         Latency by name.
     """
-    prefill: dict[str, list[float]] = {name: [] for name in models}
-    decode: dict[str, list[float]] = {name: [] for name in models}
+    rounds = measure_rounds(models, workload)
+    return {
+        name: Latency(
+            prefill_ms=statistics.median(each.prefill_ms for each in of),
+            decode_ms=statistics.median(each.decode_ms for each in of),
+        )
+        for name, of in rounds.items()
+    }
+
+
+def measure_rounds(models: Mapping[str, PreTrainedModel], workload: Workload) -> dict[str, list[Latency]]:
+    """Return what `measure_latencies` takes the medians of: by name, one latency a timed round."""
+    rounds: dict[str, list[Latency]] = {name: [] for name in models}
     names = list(models)
     total = (workload.warmup + workload.repeats) * len(names)
     with tqdm(total=total, desc="prefill and decode", unit="round") as progress:
@@ -143,16 +154,9 @@ def measure_latencies(models: Mapping[str, PreTrainedModel], workload: Workload)
             for name in names if round_index % 2 == 0 else reversed(names):
                 prefill_s, decode_s = _time_once(models[name], workload)
                 if round_index >= workload.warmup:
-                    prefill[name].append(prefill_s)
-                    decode[name].append(decode_s)
+                    rounds[name].append(Latency(1000 * prefill_s, 1000 * decode_s / workload.decode_tokens))
                 progress.update()
-    return {
-        name: Latency(
-            prefill_ms=1000 * statistics.median(prefill[name]),
-            decode_ms=1000 * statistics.median(decode[name]) / workload.decode_tokens,
-        )
-        for name in names
-    }
+    return rounds
 
 
 def speeds(latency: Latency, workload: Workload) -> dict[str, float]:
@@ -199,7 +203,8 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _machine(device: torch.device) -> dict[str, str | int]:
+def machine_of(device: torch.device) -> dict[str, str | int]:
+    """Return what latencies depend on besides the model."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")

@@ -1,13 +1,12 @@
 """What each step of the method will take: peak memory, disk, time; and which way of computing fits this machine.
 
 Memory is what a process really occupies (`nirvana.anonymous_memory`): weights that are memory-mapped from float32 files
-are the kernel's to drop and do not count. The formulas add up what the walk holds at its peak, see docs/concepts.md;
-the constants were measured, see docs/benchmarks.md.
+are the kernel's to drop and do not count. The formulas are in `nirvana.estimate_memory`; see docs/concepts.md.
 """
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,21 +14,22 @@ from typing import Literal
 import torch
 
 from nirvana.anonymous_memory import available_bytes
-from nirvana.architectures.registry import describe
-from nirvana.errors import InputError
-from nirvana.walk import FORWARD_TOKENS, Execution, Memory
-from nirvana.weights import FLOAT_TYPES, WeightFiles
+from nirvana.estimate_memory import (
+    BASE_BYTES,
+    compensation_bytes,
+    divergence_bytes,
+    evaluation_bytes,
+    fisher_bytes,
+    generation_bytes,
+    perplexity_bytes,
+    recovery_bytes,
+    saliency_bytes,
+)
+from nirvana.estimate_sizes import Sizes, Workload
+from nirvana.walk import Execution, Memory
 
-BASE_BYTES = 300_000_000
-"""A process that has imported torch and transformers and opened a model."""
-HARNESS_BYTES = 200_000_000
-"""What lm-eval and datasets add."""
-HARNESS_TOKENS = 64
-"""Tokens of a usual lm-eval item, whose logits it holds."""
-ARENA_BYTES = 30_000_000
-"""What the allocator and the threads of the kernels keep."""
-SCORING_ARENA_BYTES = 230_000_000
-"""The same, where layers of ever other sizes are cut and freed: measured between 60 and 340 MB."""
+__all__ = ["FITS", "Sizes", "StepEstimate", "Workload", "choose", "device_bytes", "estimate", "matmul_rate"]
+
 FITS = 0.6
 """Share of the available memory that a way of computing may fill to be chosen."""
 SLOWEST = 4.0
@@ -37,98 +37,15 @@ SLOWEST = 4.0
 START_SECONDS = 8.0
 """Imports."""
 
-StepName = Literal["collect_gradients", "score_pool", "prune", "evaluate", "benchmark"]
+READ_BYTES_PER_SECOND = 2e9
+"""Of files that are still in memory, as after a download or a first pass."""
 
+StepName = Literal["collect_gradients", "score_pool", "compensate", "prune", "recover", "evaluate", "benchmark"]
+"""As in the flow; `compensate` is the first part of the step prune."""
 
-@dataclass(frozen=True)
-class Workload:
-    """How much a step is asked to do; lengths in tokens."""
-
-    pool_size: int = 6
-    sequences: int = 8
-    sequence_length: int = 128
-    microbatch: int = 2
-    heldout_sequences: int = 8
-    heldout_length: int = 128
-    pruning_ratio: float = 0.2
-    perplexity_tokens: int = 10_240
-    window: int = 512
-    batch_size: int = 8
-    lm_eval: bool = True
-    prompt_length: int = 256
-    workers: int = 1
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What memory and time follow from, in elements."""
-
-    layers: int
-    hidden: int
-    vocabulary: int
-    block_weights: int
-    """Of all layers together."""
-    largest_layer: int
-    largest_layer_tensor: int
-    largest_tensor: int
-    weights: int
-    """Of the whole model."""
-    active_weights: int
-    """Of the layers, those that one token meets."""
-    largest_fused: int
-    """Of one layer's experts, which the walk copies into one tensor."""
-    neurons: int
-    """Widest feed-forward activation of a token."""
-    streams: int
-    stored_bytes: int
-    """Bytes an element in the file."""
-
-    @classmethod
-    def of(cls, model_directory: Path | str) -> "Sizes":
-        """Read a model's sizes; weights need not be there.
-
-        Raises:
-            InputError: If there is no configuration of a supported family.
-        """
-        architecture = describe(model_directory)
-        counts = {name: math.prod(shape) for name, shape in architecture.parameter_shapes.items()}
-        by_layer = [
-            sum(counts.get(name, 0) for name in architecture.layer_parameters(layer))
-            for layer in range(architecture.num_layers)
-        ]
-        in_layers = {name for layer in range(architecture.num_layers) for name in architecture.layer_parameters(layer)}
-        experts, met = architecture.experts()
-        fused = [
-            sum(counts[name] for name in architecture.fused_parameters(layer))
-            for layer in range(architecture.num_layers)
-        ]
-        neurons = max(
-            sum(site.units for site in architecture.sites() if site.layer == layer and site.module == "mlp")
-            for layer in range(architecture.num_layers)
-        )
-        return cls(
-            layers=architecture.num_layers,
-            hidden=architecture.hidden_size,
-            vocabulary=architecture.vocab_size,
-            block_weights=sum(by_layer),
-            largest_layer=max(by_layer),
-            largest_layer_tensor=max(counts[name] for name in in_layers if name in counts),
-            largest_tensor=max(counts.values()),
-            weights=sum(counts.values()),
-            active_weights=sum(by_layer) - sum(fused) * (experts - met) // experts,
-            neurons=neurons * met // experts,
-            largest_fused=max(fused),
-            streams=2 if architecture.is_encoder_decoder else 1,
-            stored_bytes=_stored_bytes(Path(model_directory), getattr(architecture.config, "dtype", None)),
-        )
-
-
-def _stored_bytes(directory: Path, dtype: torch.dtype | None) -> int:
-    try:
-        weights = WeightFiles(directory)
-    except InputError:  # only the configuration is there
-        return torch.empty((), dtype=dtype or torch.float32).element_size()
-    return max(FLOAT_TYPES.get(weights.dtype(name), 4) for name in weights)
+_EXECUTIONS: tuple[Execution, ...] = ("resident", "streamed")
+_WAYS: tuple[tuple[Execution, Memory], ...] = (("resident", "fast"), ("resident", "lean"), ("streamed", "lean"))
+"""Of saliency, the fastest first."""
 
 
 @dataclass(frozen=True)
@@ -143,49 +60,6 @@ class StepEstimate:
     disk_bytes: int
     seconds: tuple[float, float]
     """From plain arithmetic at this machine's speed to what overheads and a busy machine make of it."""
-
-
-def _weights_in_memory(sizes: Sizes, execution: Execution, on_cpu: bool) -> int:
-    if sizes.stored_bytes == 4 and on_cpu:
-        return 0  # used as they lie in the file's pages
-    return 4 * (sizes.block_weights if execution == "resident" else 2 * sizes.largest_layer)
-
-
-def saliency_bytes(sizes: Sizes, work: Workload, execution: Execution, memory: Memory, on_cpu: bool = True) -> int:
-    """Return the peak of one candidate's backward walk in one process."""
-    tokens, at_once = work.sequences * work.sequence_length, work.microbatch * work.sequence_length
-    saved = 4 * (11 * sizes.hidden + 4 * sizes.neurons)  # what autograd keeps of a token in a layer, measured
-    states = 4 * sizes.hidden * sizes.streams * tokens
-    kept = (sizes.layers + 2) * states
-    graph = saved * (tokens * sizes.layers if memory == "fast" else at_once)
-    # one layer's, and what their products and the kernels take besides, measured
-    gradients = 4 * (sizes.largest_layer + 3 * sizes.largest_layer_tensor)
-    # the fused copy and its gradient; fast keeps the copies of all layers
-    fused = 4 * sizes.largest_fused * (1 + (sizes.layers if memory == "fast" else 1))
-    return BASE_BYTES + ARENA_BYTES + _weights_in_memory(sizes, execution, on_cpu) + kept + graph + gradients + fused
-
-
-def divergence_bytes(sizes: Sizes, work: Workload, execution: Execution, on_cpu: bool = True) -> int:
-    """Return the peak of scoring one plan in one process."""
-    tokens = work.heldout_sequences * work.heldout_length
-    at_once = min(tokens, max(FORWARD_TOKENS, work.heldout_length))
-    states = 4 * sizes.hidden * (3 * sizes.streams + 1) * tokens
-    passing = 4 * (6 * sizes.hidden + 4 * sizes.neurons) * at_once
-    copied = execution == "streamed" and not (sizes.stored_bytes == 4 and on_cpu)
-    # the sliced layer takes the place of a copied one tensor by tensor, else it stands beside it
-    sliced = 4 * sizes.largest_layer_tensor if copied else int(4 * sizes.largest_layer * (1 - work.pruning_ratio))
-    fixed = BASE_BYTES + SCORING_ARENA_BYTES + 4 * sizes.largest_fused
-    return fixed + _weights_in_memory(sizes, execution, on_cpu) + states + passing + sliced
-
-
-def perplexity_bytes(sizes: Sizes, work: Workload, execution: Execution, on_cpu: bool = True) -> int:
-    """Return the peak of token perplexity by a walk."""
-    tokens = math.ceil(work.perplexity_tokens / work.window) * work.window
-    at_once = min(tokens, max(FORWARD_TOKENS, work.window))
-    states = 4 * sizes.hidden * (2 * sizes.streams + 1) * tokens
-    passing = 4 * (6 * sizes.hidden + 4 * sizes.neurons) * at_once
-    fixed = BASE_BYTES + ARENA_BYTES + 4 * sizes.largest_fused
-    return fixed + _weights_in_memory(sizes, execution, on_cpu) + states + passing
 
 
 def estimate(
@@ -210,70 +84,112 @@ def estimate(
     """
     work = work or Workload()
     sizes, on_cpu = Sizes.of(model_directory), torch.device(device).type == "cpu"
-    rate = operations_per_second or matmul_rate(torch.device(device))
-    pruned_bytes = int(sizes.stored_bytes * (sizes.weights - work.pruning_ratio * sizes.block_weights))
-    workers = min(work.workers, work.pool_size)
-    calibration, heldout = work.sequences * work.sequence_length, work.heldout_sequences * work.heldout_length
-    body, head = 2 * sizes.active_weights, 2 * sizes.hidden * sizes.vocabulary
-    kept = 1 - work.pruning_ratio
-    result = []
+    steps = _Steps(sizes, work, on_cpu, operations_per_second or matmul_rate(torch.device(device)))
+    result = [*steps.saliency(), *steps.divergence()]
+    if work.compensation_sequences:
+        result += steps.compensation()
+    result.append(steps.surgery())
+    if work.recovery_tokens:
+        result.append(steps.recovery())
+    return [*result, *steps.evaluation(), steps.benchmark()]
 
-    def add(
+
+class _Steps:
+    """Every step's estimates; operations are those of matrix products, two a multiply-add."""
+
+    def __init__(self, sizes: Sizes, work: Workload, on_cpu: bool, rate: float):
+        self.sizes, self.work, self.on_cpu, self.rate = sizes, work, on_cpu, rate
+        self.kept = 1 - work.pruning_ratio
+        self.workers = min(work.workers, work.pool_size)
+        # of a token: through the layers, through the head
+        self.body, self.head = 2 * sizes.active_weights, 2 * sizes.hidden * sizes.vocabulary
+        self.layer_bytes, self.model_bytes = (
+            sizes.stored_bytes * each for each in (sizes.block_weights, sizes.weights)
+        )
+        self.pruned_bytes = int(sizes.stored_bytes * (sizes.weights - work.pruning_ratio * sizes.block_weights))
+
+    def saliency(self) -> Iterator[StepEstimate]:
+        work, sizes = self.work, self.sizes
+        tokens = work.pool_size * work.sequences * work.sequence_length
+        if work.saliency == "fisher":
+            # forward, forward again, and back to each layer's input alone; logits twice, then the head's rows
+            operations = tokens * ((2 + work.draws) * self.body + 3 * work.draws * self.head)
+            disk = 8 * work.pool_size * sizes.layers * sizes.neurons
+            for execution in _EXECUTIONS:
+                peak = self.workers * fisher_bytes(sizes, work, execution, self.on_cpu)
+                read = (2 * work.pool_size if execution == "streamed" else 1) * self.layer_bytes
+                yield self._step("collect_gradients", execution, peak, operations, read, disk)
+            return
+        channels = 16 * work.pool_size * sizes.layers * (4 * sizes.hidden + 3 * sizes.neurons)
+        for execution, memory in _WAYS:
+            operations = tokens * ((3 if memory == "fast" else 4) * self.body + self.head)
+            peak = self.workers * saliency_bytes(sizes, work, execution, memory, self.on_cpu)
+            read = (2 * work.pool_size if execution == "streamed" else 1) * self.layer_bytes
+            yield self._step("collect_gradients", execution, peak, operations, read, channels, memory)
+
+    def divergence(self) -> Iterator[StepEstimate]:
+        tokens = self.work.heldout_sequences * self.work.heldout_length
+        operations = tokens * (self.body + self.work.pool_size * (self.kept * self.body + 2 * self.head))
+        for execution in _EXECUTIONS:
+            peak = self.workers * divergence_bytes(self.sizes, self.work, execution, self.on_cpu)
+            read = (1 + self.work.pool_size if execution == "streamed" else 1) * self.layer_bytes
+            yield self._step("score_pool", execution, peak, operations, read)
+
+    def compensation(self) -> Iterator[StepEstimate]:
+        sizes = self.sizes
+        tokens = self.work.compensation_sequences * self.work.compensation_length
+        # the dense layer and what it writes; the pruned one up to either projection, then as a whole
+        walked = tokens * self.body * (4 / 3 + 7 / 3 * self.kept)
+        hidden, columns = sizes.hidden, self.kept * sizes.written_from
+        gathered = sum(2 * tokens * (width**2 + 3 * width * hidden) for width in (hidden, columns))
+        solved = 2 * (2 / 3 * columns**3 + 2 * columns**2 * hidden)  # float64 takes twice as long
+        operations = walked + sizes.layers * (gathered + solved)
+        for execution in _EXECUTIONS:
+            peak = compensation_bytes(sizes, self.work, execution, self.on_cpu)
+            yield self._step("compensate", execution, peak, operations, self.layer_bytes)
+
+    def surgery(self) -> StepEstimate:
+        tensor = 2 * self.sizes.stored_bytes * self.sizes.largest_layer_tensor  # one is cut while one is written
+        return self._step("prune", "streamed", BASE_BYTES + tensor, 0, 2 * self.model_bytes, self.pruned_bytes)
+
+    def recovery(self) -> StepEstimate:
+        work = self.work
+        teaches = work.distillation > 0
+        forward = self.kept * self.body + self.head
+        dense = self.body + self.head if teaches else 0
+        points = 1 + math.ceil(work.recovery_tokens / work.recovery_curve_every)
+        heldout = work.heldout_sequences * work.heldout_length
+        # back to what enters each adapter; adapters themselves are small
+        operations = work.recovery_tokens * (2 * forward + dense) + heldout * (points * (forward + dense) + dense)
+        peak = recovery_bytes(self.sizes, work, self.on_cpu)
+        return self._step("recover", "resident", peak, operations, 2 * self.model_bytes, self.pruned_bytes)
+
+    def evaluation(self) -> Iterator[StepEstimate]:
+        # lm-eval's tasks run on the whole model, after the walk
+        lm_eval = self.work.lm_eval
+        operations = self.work.perplexity_tokens * (self.body + self.head) * (3 if lm_eval else 1)
+        for execution in _EXECUTIONS[:1] if lm_eval else _EXECUTIONS:
+            peak = perplexity_bytes(self.sizes, self.work, execution, self.on_cpu)
+            peak += evaluation_bytes(self.sizes, self.work, self.on_cpu) if lm_eval else 0
+            yield self._step("evaluate", execution, peak, operations, self.model_bytes)
+
+    def benchmark(self) -> StepEstimate:
+        peak = generation_bytes(self.sizes, self.work, self.on_cpu)
+        return self._step("benchmark", "resident", peak, 20 * self.work.prompt_length * self.body, 4 * self.model_bytes)
+
+    def _step(
+        self,
         step: StepName,
         execution: Execution,
-        memory: Memory,
         peak: int,
-        disk: int,
         operations: float,
         read_bytes: float,
-    ) -> None:
-        shortest = operations / rate + read_bytes / 2e9
-        result.append(
-            StepEstimate(
-                step, execution, memory, peak, disk, (START_SECONDS / 2 + shortest, START_SECONDS + SLOWEST * shortest)
-            )
-        )
-
-    ways: tuple[tuple[Execution, Memory], ...] = (("resident", "fast"), ("resident", "lean"), ("streamed", "lean"))
-    for execution, memory in ways:
-        passes = 3 if memory == "fast" else 4
-        operations: float = work.pool_size * calibration * (passes * body + head)
-        again = 2 * work.pool_size if execution == "streamed" else 1
-        peak = workers * saliency_bytes(sizes, work, execution, memory, on_cpu)
-        channels = 16 * work.pool_size * sizes.layers * (4 * sizes.hidden + 3 * sizes.neurons)
-        add(
-            "collect_gradients",
-            execution,
-            memory,
-            peak,
-            channels,
-            operations,
-            again * sizes.stored_bytes * sizes.block_weights,
-        )
-    for execution in ("resident", "streamed"):
-        again = 1 + work.pool_size if execution == "streamed" else 1
-        operations = heldout * (body + work.pool_size * (kept * body + 2 * head))
-        peak = workers * divergence_bytes(sizes, work, execution, on_cpu)
-        read = again * sizes.stored_bytes * sizes.block_weights
-        add("score_pool", execution, "lean", peak, 0, operations, read)
-    tensor = 2 * sizes.stored_bytes * sizes.largest_layer_tensor  # one is cut while one is written
-    add("prune", "streamed", "lean", BASE_BYTES + tensor, pruned_bytes, 0, 2 * sizes.stored_bytes * sizes.weights)
-    operations = work.perplexity_tokens * (body + head)
-    mapped = sizes.stored_bytes == 4 and on_cpu  # transformers, too, uses float32 files as they lie
-    whole = (0 if mapped else 4 * sizes.weights) + 4 * work.batch_size * HARNESS_TOKENS * sizes.vocabulary
-    evaluated: tuple[Execution, ...] = ("resident",) if work.lm_eval else ("resident", "streamed")
-    for execution in evaluated:
-        peak = perplexity_bytes(sizes, work, execution, on_cpu)
-        read = sizes.stored_bytes * sizes.weights
-        # lm-eval's tasks run on the whole model, after the walk
-        peak += HARNESS_BYTES + whole if work.lm_eval else 0
-        add("evaluate", execution, "lean", peak, 0, operations * (3 if work.lm_eval else 1), read)
-    both = 0 if mapped else 4 * sizes.weights + 4 * (sizes.weights - work.pruning_ratio * sizes.block_weights)
-    passing = 4 * work.prompt_length * (6 * sizes.hidden + 4 * sizes.neurons)
-    together = int(BASE_BYTES + ARENA_BYTES + both + passing)
-    several = 20.0 * work.prompt_length * body
-    add("benchmark", "resident", "lean", together, 0, several, 4 * sizes.stored_bytes * sizes.weights)
-    return result
+        disk: int = 0,
+        memory: Memory = "lean",
+    ) -> StepEstimate:
+        shortest = operations / self.rate + read_bytes / READ_BYTES_PER_SECOND
+        seconds = (START_SECONDS / 2 + shortest, START_SECONDS + SLOWEST * shortest)
+        return StepEstimate(step, execution, memory, peak, disk, seconds)
 
 
 def matmul_rate(device: torch.device, size: int = 1024) -> float:
@@ -306,10 +222,13 @@ def choose(
     """
     sizes, on_cpu = Sizes.of(model_directory), device.type == "cpu"
     free = FITS * device_bytes(device)
-    ways: Iterable[tuple[Execution, Memory]] = (("resident", "fast"), ("resident", "lean"), ("streamed", "lean"))
-    allowed = [way for way in ways if execution in ("auto", way[0]) and memory in ("auto", way[1])]
+    allowed = [way for way in _WAYS if execution in ("auto", way[0]) and memory in ("auto", way[1])]
     for way in allowed:
-        if work.workers * saliency_bytes(sizes, work, *way, on_cpu=on_cpu) <= free:
+        if work.saliency == "fisher":  # it has one way of memory
+            peak = fisher_bytes(sizes, work, way[0], on_cpu)
+        else:
+            peak = saliency_bytes(sizes, work, *way, on_cpu=on_cpu)
+        if work.workers * peak <= free:
             return way
     return allowed[-1]
 

@@ -19,7 +19,17 @@ if TYPE_CHECKING:
     from tasks.params import Params
 
 MODEL = Path("data/model")
-_SECTIONS = ("calibration", "saliency", "allocation", "evaluation", "benchmark", "compute", "runtime")
+_SECTIONS = (
+    "calibration",
+    "saliency",
+    "allocation",
+    "compensation",
+    "recovery",
+    "evaluation",
+    "benchmark",
+    "compute",
+    "runtime",
+)
 
 
 def shown_file(params: "Params") -> Path | None:
@@ -36,6 +46,7 @@ def workload(params: "Params") -> "Workload":
     """Return what params.yaml asks of the steps."""
     from nirvana.estimate import Workload
 
+    compensated = params.compensation.method != "none"
     return Workload(
         pool_size=params.calibration.pool_size,
         sequences=params.calibration.sequences,
@@ -43,7 +54,15 @@ def workload(params: "Params") -> "Workload":
         microbatch=params.saliency.microbatch,
         heldout_sequences=params.calibration.heldout_sequences,
         heldout_length=params.calibration.heldout_length,
+        saliency=params.saliency.method,
+        draws=params.saliency.draws,
         pruning_ratio=params.allocation.pruning_ratio,
+        compensation_sequences=params.compensation.sequences if compensated else 0,
+        compensation_length=params.compensation.sequence_length,
+        recovery_tokens=params.recovery.tokens,
+        recovery_rank=params.recovery.rank,
+        distillation=params.recovery.distillation,
+        recovery_curve_every=params.recovery.curve_every,
         perplexity_tokens=params.evaluation.perplexity_tokens,
         window=params.evaluation.window,
         batch_size=params.evaluation.batch_size,

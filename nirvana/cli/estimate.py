@@ -2,13 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
+
+Preset = Literal["nirvana", "best"]
+BEST: dict[str, Any] = {"saliency": "fisher", "compensation_sequences": 160}
+"""What the preset of that name asks of the steps."""
 
 EPILOG = (
     "Examples:\n\n  nirvana estimate data/model\n\n"
     "  nirvana estimate llama-8b --sequences 32 --pruning-ratio 0.4 --no-lm-eval\n\n"
+    "  nirvana estimate data/model --preset best --recovery-tokens 200000\n\n"
     "Only config.json has to be there: look before you download."
 )
 
@@ -22,6 +27,10 @@ def estimate(
     microbatch: Annotated[int, typer.Option(min=1, help="Sequences a forward.")] = 2,
     pool_size: Annotated[int, typer.Option(min=1, help="Candidates.")] = 6,
     pruning_ratio: Annotated[float, typer.Option(min=0, max=1, help="Share of the block weights that leaves.")] = 0.2,
+    preset: Annotated[
+        Preset, typer.Option(help="nirvana, or best: Fisher saliency and compensation, as params.yaml has them.")
+    ] = "nirvana",
+    recovery_tokens: Annotated[int, typer.Option(min=0, help="Tokens to fine-tune on; 0: none.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the candidates.")] = 1,
     lm_eval: Annotated[
         bool, typer.Option(help="Whether evaluation runs lm-eval tasks, which need the whole model.")
@@ -42,8 +51,10 @@ def estimate(
         sequence_length=sequence_length,
         microbatch=microbatch,
         pruning_ratio=pruning_ratio,
+        recovery_tokens=recovery_tokens,
         workers=workers,
         lm_eval=lm_eval,
+        **BEST if preset == "best" else {},
     )
     estimates = estimating.estimate(model, work, on)
     free = estimating.device_bytes(on)

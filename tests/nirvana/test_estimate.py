@@ -8,8 +8,19 @@ from tiny import all_families, save_family
 from transformers import LlamaConfig
 
 from nirvana import estimate
+from nirvana.adapter import attach
+from nirvana.architectures.registry import describe
 from nirvana.errors import InputError
-from nirvana.estimate import Sizes, Workload, choose, divergence_bytes, saliency_bytes
+from nirvana.estimate import Sizes, Workload, choose
+from nirvana.estimate_memory import (
+    ADAPTER_COPIES,
+    compensation_bytes,
+    divergence_bytes,
+    fisher_bytes,
+    recovery_bytes,
+    saliency_bytes,
+)
+from nirvana.loading import load_model
 
 
 @pytest.fixture
@@ -35,7 +46,9 @@ def test_sizes_by_hand(eight_billion):
     assert sizes.block_weights == sizes.active_weights == 32 * layer
     assert sizes.weights == 32 * layer + 2 * 4096 * 128256 + 4096
     assert (sizes.largest_layer_tensor, sizes.largest_tensor) == (4096 * 14336, 4096 * 128256)
-    assert (sizes.stored_bytes, sizes.streams, sizes.neurons) == (2, 1, 14336)
+    assert (sizes.stored_bytes, sizes.streams, sizes.neurons, sizes.written_from) == (2, 1, 14336, 14336)
+    # q, k, v, o; gate, up, down
+    assert sizes.adapter_rows == 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
 
 
 def test_only_the_experts_that_a_token_meets_cost_time(tmp_path):
@@ -51,6 +64,92 @@ def test_every_family_has_an_estimate(name, tmp_path):
     steps = estimate.estimate(tmp_path, operations_per_second=1e9)
     assert {each.step for each in steps} == {"collect_gradients", "score_pool", "prune", "evaluate", "benchmark"}
     assert all(each.peak_bytes > 0 and 0 < each.seconds[0] < each.seconds[1] for each in steps)
+
+
+def by_step(directory, **work):
+    found = {}
+    for each in estimate.estimate(directory, Workload(**work), operations_per_second=1e9):
+        found.setdefault(each.step, []).append(each)
+    return found
+
+
+def test_what_is_asked_for_has_rows(eight_billion):
+    plain = by_step(eight_billion)
+    assert [each.memory for each in plain["collect_gradients"]] == ["fast", "lean", "lean"]
+    assert not plain.keys() & {"compensate", "recover"}
+    best = by_step(eight_billion, saliency="fisher", compensation_sequences=160, recovery_tokens=8192)
+    # in the order in which they run
+    expected = ["collect_gradients", "score_pool", "compensate", "prune", "recover", "evaluate", "benchmark"]
+    assert list(best) == expected
+    assert [each.execution for each in best["collect_gradients"]] == ["resident", "streamed"]
+    assert [each.execution for each in best["compensate"]] == ["resident", "streamed"]
+    assert [each.execution for each in best["recover"]] == ["resident"]
+
+
+@pytest.mark.parametrize("name", all_families())
+def test_every_family_has_the_rows_that_can_be_asked_for(name, tmp_path):
+    save_family(name, tmp_path)
+    found = by_step(tmp_path, saliency="fisher", compensation_sequences=4, recovery_tokens=64)
+    assert all(each.peak_bytes > 0 for step in found.values() for each in step)
+    sizes = Sizes.of(tmp_path)
+    assert sizes.adapter_rows > 0 < sizes.written_from
+
+
+def test_an_adapter_has_so_many_weights_a_rank(tmp_path):
+    """Against peft's own adapters."""
+    save_family("llama", tmp_path)
+    model = attach(load_model(tmp_path), describe(tmp_path), rank=3, alpha=6, seed=0)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 3 * Sizes.of(tmp_path).adapter_rows
+
+
+def test_fisher_keeps_what_enters_each_layer_and_no_gradient_of_a_weight(eight_billion):
+    sizes, state = Sizes.of(eight_billion), 4 * 4096 * 128
+    few, many = Workload(sequences=2), Workload(sequences=10)
+    ways = [fisher_bytes(sizes, many, way) - fisher_bytes(sizes, few, way) for way in ("resident", "streamed")]
+    assert ways == 2 * [(32 + 1 + 2) * 8 * state]  # layers, the output, two draws; 8 more sequences
+    assert fisher_bytes(sizes, many, "streamed") < saliency_bytes(sizes, many, "streamed", "lean")
+    more = replace(many, draws=5)
+    assert fisher_bytes(sizes, more, "streamed") - fisher_bytes(sizes, many, "streamed") == 3 * 10 * state
+
+
+def test_compensation_holds_states_of_all_tokens_and_a_gram_matrix(eight_billion):
+    sizes, few, many = Sizes.of(eight_billion), Workload(compensation_sequences=16), Workload(compensation_sequences=24)
+    grown = compensation_bytes(sizes, many, "streamed") - compensation_bytes(sizes, few, "streamed")
+    assert grown == 4 * (8 * 4096 + 14336) * 8 * 128
+    # a wider MLP makes the Gram matrix the largest part: 8 bytes, the matrix and its factors
+    wide = replace(sizes, written_from=10 * 14336)
+    one = Workload(compensation_sequences=1)
+    gram = 16 * ((10 * 14336) ** 2 - 14336**2)
+    assert compensation_bytes(wide, one, "streamed") - compensation_bytes(sizes, one, "streamed") > gram
+
+
+def test_recovery_has_both_models_in_memory_only_where_one_teaches(eight_billion):
+    sizes = Sizes.of(eight_billion)
+    teaching = Workload(recovery_tokens=1024, pruning_ratio=0.5)
+    alone = replace(teaching, distillation=0.0)
+    pruned = sizes.weights - sizes.block_weights // 2
+    assert recovery_bytes(sizes, teaching) - recovery_bytes(sizes, alone) == 4 * pruned  # dense alone, first
+    rank = replace(teaching, recovery_rank=17)
+    assert recovery_bytes(sizes, rank) - recovery_bytes(sizes, teaching) == 4 * ADAPTER_COPIES * sizes.adapter_rows
+    # float32 files are used as they lie on disk
+    mapped = replace(sizes, stored_bytes=4)
+    assert recovery_bytes(mapped, teaching) == recovery_bytes(mapped, alone)
+    assert recovery_bytes(sizes, teaching) - recovery_bytes(mapped, teaching) == 4 * (sizes.weights + pruned)
+
+
+@pytest.mark.parametrize(
+    ("step", "more"),
+    [
+        ("collect_gradients", {"draws": 4}),
+        ("compensate", {"compensation_length": 256}),
+        ("recover", {"recovery_tokens": 16384}),
+        ("recover", {"recovery_curve_every": 1024}),
+    ],
+)
+def test_more_of_it_takes_longer(step, more, eight_billion):
+    asked = {"saliency": "fisher", "compensation_sequences": 160, "recovery_tokens": 8192}
+    shorter, longer = (by_step(eight_billion, **work)[step][0].seconds for work in (asked, asked | more))
+    assert shorter < longer
 
 
 def test_streamed_holds_two_layers_where_resident_holds_all(eight_billion):
@@ -80,6 +179,18 @@ def test_more_tokens_take_more_and_fast_takes_more_than_lean(eight_billion):
 def test_auto_takes_the_fastest_way_that_fits(free_gb, expected, eight_billion, monkeypatch):
     monkeypatch.setattr(estimate, "available_bytes", lambda: free_gb * 10**9)
     assert choose(eight_billion, Workload(), torch.device("cpu"), "auto", "auto") == expected
+
+
+def test_auto_streams_fisher_where_its_own_peak_does_not_fit(eight_billion, monkeypatch):
+    fisher, sizes = Workload(saliency="fisher", sequences=2), Sizes.of(eight_billion)
+    for share, expected in ((0.99, "streamed"), (1.01, "resident")):
+        free = int(share * fisher_bytes(sizes, fisher, "resident") / estimate.FITS)
+        monkeypatch.setattr(estimate, "available_bytes", lambda free=free: free)
+        assert choose(eight_billion, fisher, torch.device("cpu"), "auto", "auto")[0] == expected
+    # the gradients of weights, which it does not have, would not have fitted
+    assert (
+        choose(eight_billion, replace(fisher, saliency="nirvana"), torch.device("cpu"), "auto", "auto")[0] == "streamed"
+    )
 
 
 def test_auto_leaves_alone_what_is_asked_for(eight_billion, monkeypatch):

@@ -42,6 +42,40 @@ def test_every_setting_that_costs_reaches_the_estimate(checkout):
     assert (work.pool_size, work.sequences, work.heldout_length, work.window, work.lm_eval) == (6, 8, 128, 512, True)
 
 
+def test_what_the_preset_best_and_recovery_ask_for(checkout):
+    yaml = YAML()
+    content = yaml.load(ROOT_PARAMS)
+    content["method"]["preset"] = "best"
+    content["saliency"]["draws"] = 3
+    content["compensation"] |= {"sequences": 40, "sequence_length": 64}
+    content["recovery"] |= {"tokens": 4096, "rank": 4, "distillation": 0.0, "curve_every": 2048}
+    yaml.dump(content, checkout / "params.yaml")
+    work = estimates.workload(load_params())
+    assert (work.saliency, work.draws, work.compensation_sequences, work.compensation_length) == ("fisher", 3, 40, 64)
+    recovery = (work.recovery_tokens, work.recovery_rank, work.distillation, work.recovery_curve_every)
+    assert recovery == (4096, 4, 0.0, 2048)
+
+
+def test_what_is_not_asked_for_is_not_there(checkout):
+    yaml = YAML()
+    content = yaml.load(ROOT_PARAMS)
+    content["method"]["preset"] = "nirvana"
+    yaml.dump(content, checkout / "params.yaml")
+    work = estimates.workload(load_params())
+    assert (work.saliency, work.compensation_sequences, work.recovery_tokens) == ("nirvana", 0, 0)
+
+
+@pytest.mark.parametrize(("section", "key", "value"), [("compensation", "sequences", 20), ("recovery", "tokens", 2048)])
+def test_its_table_is_another(section, key, value, checkout):
+    tiny_llama(checkout / "data/model")
+    file = estimates.shown_file(load_params())
+    yaml = YAML()
+    content = yaml.load(ROOT_PARAMS)
+    content[section][key] = value
+    yaml.dump(content, checkout / "params.yaml")
+    assert estimates.shown_file(load_params()) != file
+
+
 def test_no_model_is_one_clear_line(checkout):
     with pytest.raises(InputError, match=r"expected a model in data/model, found none; run `dvc repro fetch_model`"):
         estimates.main()
