@@ -228,6 +228,8 @@ def choose(
             peak = fisher_bytes(sizes, work, way[0], on_cpu)
         else:
             peak = saliency_bytes(sizes, work, *way, on_cpu=on_cpu)
+        if work.compensation_sequences:
+            peak = max(peak, compensation_bytes(sizes, work, way[0], on_cpu))
         if work.workers * peak <= free:
             return way
     return allowed[-1]

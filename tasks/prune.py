@@ -29,8 +29,9 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
     plan = Plan.read(inputs["plan"])
     known = plan.compensation is None and plan.parameters["candidates_averaged"] == 1
     device = resolve_device(params.runtime.device)
-    execution, _ = chosen_way(params, inputs["model"], read_ids(inputs["heldout"]), device)
     plain = plan.compensation is None
+    fitted_on = None if plain else read_ids(inputs["compensation_ids"])
+    execution, _ = chosen_way(params, inputs["model"], read_ids(inputs["heldout"]), device, fitted_on=fitted_on)
     with tqdm(desc="compensate", unit="layer", disable=plain) as layers, tqdm(desc="prune", unit="tensor") as tensors:
         prune(
             inputs["model"],

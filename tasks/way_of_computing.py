@@ -18,7 +18,12 @@ _LOG = logging.getLogger(__name__)
 
 
 def chosen_way(
-    params: "Params", model: Path, ids: Sequence[Tensor], device: torch.device, microbatch: int = 2
+    params: "Params",
+    model: Path,
+    ids: Sequence[Tensor],
+    device: torch.device,
+    microbatch: int = 2,
+    fitted_on: Sequence[Tensor] | None = None,
 ) -> tuple[Execution, Memory]:
     """Settle `auto` by the estimate for these token ids; the results are the same either way.
 
@@ -28,12 +33,17 @@ def chosen_way(
         ids: Token ids a stack, `[..., sequences, tokens]`.
         device: What `runtime.device` stands for here.
         microbatch: Sequences of a backward pass at a time, where the step has any.
+        fitted_on: Token ids a stack that compensation is fitted on, where the step does that.
     """
     runtime = params.runtime
     work = Workload(
         sequences=ids[0].shape[-2],
         sequence_length=max(part.shape[-1] for part in ids),
         microbatch=microbatch,
+        saliency=params.saliency.method,
+        draws=params.saliency.draws,
+        compensation_sequences=fitted_on[0].shape[-2] if fitted_on else 0,
+        compensation_length=max(part.shape[-1] for part in fitted_on) if fitted_on else 1,
         workers=runtime.workers if runtime.scheduler is None else 1,
     )
     execution, memory = choose(model, work, device, runtime.execution, runtime.memory)
