@@ -36,7 +36,8 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
     expected = _expected_sizes(inputs["model"], method)
     candidates = read_ids(inputs["candidates"])
     digest = model_digest(inputs["model"])
-    execution, memory = chosen_way(params, inputs["model"], candidates, device, params.saliency.microbatch)
+    work = {"microbatch": params.saliency.microbatch, "saliency": method, "draws": params.saliency.draws}
+    execution, memory = chosen_way(params, inputs["model"], candidates, device, **work)
     jobs = []
     for index in range(len(candidates[0])):
         key = candidate_key(

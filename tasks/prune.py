@@ -30,8 +30,11 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
     known = plan.compensation is None and plan.parameters["candidates_averaged"] == 1
     device = resolve_device(params.runtime.device)
     plain = plan.compensation is None
-    fitted_on = None if plain else read_ids(inputs["compensation_ids"])
-    execution, _ = chosen_way(params, inputs["model"], read_ids(inputs["heldout"]), device, fitted_on=fitted_on)
+    solving = {}
+    if not plain:
+        sequences, length = read_ids(inputs["compensation_ids"])[0].shape
+        solving = {"compensation_sequences": sequences, "compensation_length": length}
+    execution, _ = chosen_way(params, inputs["model"], read_ids(inputs["heldout"]), device, **solving)
     with tqdm(desc="compensate", unit="layer", disable=plain) as layers, tqdm(desc="prune", unit="tensor") as tensors:
         prune(
             inputs["model"],

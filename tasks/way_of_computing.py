@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,12 +18,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def chosen_way(
-    params: "Params",
-    model: Path,
-    ids: Sequence[Tensor],
-    device: torch.device,
-    microbatch: int = 2,
-    fitted_on: Sequence[Tensor] | None = None,
+    params: "Params", model: Path, ids: Sequence[Tensor], device: torch.device, **more: Any
 ) -> tuple[Execution, Memory]:
     """Settle `auto` by the estimate for these token ids; the results are the same either way.
 
@@ -32,19 +27,14 @@ def chosen_way(
         model: The dense model's directory.
         ids: Token ids a stack, `[..., sequences, tokens]`.
         device: What `runtime.device` stands for here.
-        microbatch: Sequences of a backward pass at a time, where the step has any.
-        fitted_on: Token ids a stack that compensation is fitted on, where the step does that.
+        more: What else the step is asked to do, as in `nirvana.estimate.Workload`.
     """
     runtime = params.runtime
     work = Workload(
         sequences=ids[0].shape[-2],
         sequence_length=max(part.shape[-1] for part in ids),
-        microbatch=microbatch,
-        saliency=params.saliency.method,
-        draws=params.saliency.draws,
-        compensation_sequences=fitted_on[0].shape[-2] if fitted_on else 0,
-        compensation_length=max(part.shape[-1] for part in fitted_on) if fitted_on else 1,
         workers=runtime.workers if runtime.scheduler is None else 1,
+        **more,
     )
     execution, memory = choose(model, work, device, runtime.execution, runtime.memory)
     _LOG.info("weights %s, memory %s", execution, memory)
