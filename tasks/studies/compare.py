@@ -3,7 +3,8 @@
 A row is one method at one ratio, its output projections as they were, with FLAP's bias, or solved for by least squares.
 Whatever makes up for lost units may be given to every method; what it is fitted on is the same text for all.
 
-Everything is judged by walking over the dense model's layers: no checkpoint is written, but for ShortGPT's.
+Everything is judged by walking over the dense model's layers: no checkpoint is written, but for ShortGPT's. What counts
+as SliceGPT's size, the row's `size` says.
 """
 
 import time
@@ -20,8 +21,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nirvana.allocation import Keep, Rule, achieved_ratio
+from nirvana.architectures.registry import describe
 from nirvana.baselines.flap import bias_compensation
 from nirvana.baselines.shortgpt import write_shortgpt
+from nirvana.baselines.slicegpt import slicegpt, slicegpt_hidden_states
+from nirvana.baselines.slicegpt_size import check_can_be_sliced, dimension_for, sliced_size
 from nirvana.calibration import calibration_digest
 from nirvana.compensation import RIDGE, compensate
 from nirvana.divergence import dense_hidden_states, head_divergence, pruned_hidden_states
@@ -29,11 +33,23 @@ from nirvana.errors import InputError
 from nirvana.files import scratch_directory
 from nirvana.input_statistics import InputStatistics, input_statistics
 from nirvana.likelihood import token_losses
+from nirvana.methods import Method
 from nirvana.projections import output_projections
 from nirvana.slicing import Slicer
 from nirvana.walk import Hidden, Stack
 from nirvana.weights import model_digest
-from tasks.studies.methods import FOLDER, SEEDED, SHORTGPT, allocate_for, cached_tensors, method_named, scores_of
+from tasks.studies.methods import (
+    FOLDER,
+    SEEDED,
+    SHORTGPT,
+    SLICEGPT,
+    WITHOUT_UNITS,
+    Scores,
+    allocate_for,
+    cached_tensors,
+    method_named,
+    scores_of,
+)
 from tasks.studies.store import STUDIES, cached
 
 Compensation = Literal["none", "bias", "least_squares"]
@@ -76,7 +92,7 @@ class Texts:
 class Settings:
     """Which rows are asked for; `seeds` counts for the methods that draw something."""
 
-    methods: tuple[str, ...] = ("nirvana", "fisher", "flap", "llm_pruner", "wanda_sp", SHORTGPT)
+    methods: tuple[str, ...] = ("nirvana", "fisher", "flap", "llm_pruner", "wanda_sp", SHORTGPT, SLICEGPT)
     ratios: tuple[float, ...] = (0.2, 0.4)
     compensations: tuple[Compensation, ...] = COMPENSATIONS
     seeds: int = 1
@@ -85,8 +101,8 @@ class Settings:
         """Yield method, ratio, compensation and seed of every row."""
         for name in self.methods:
             seeds = self.seeds if name in SEEDED else 1
-            # whole layers leave: there is no projection to make up for
-            compensations = COMPENSATIONS[:1] if name == SHORTGPT else self.compensations
+            # no unit of a projection leaves that the others could make up for
+            compensations = COMPENSATIONS[:1] if name in WITHOUT_UNITS else self.compensations
             for seed in range(seeds):
                 for ratio in self.ratios:
                     yield from ((name, ratio, compensation, seed) for compensation in compensations)
@@ -100,7 +116,9 @@ def measure(comparison: "Comparison", settings: Settings) -> list[Row]:
             compensation cannot work on.
     """
     for name in settings.methods:
-        if name != SHORTGPT:
+        if name == SLICEGPT:
+            check_can_be_sliced(describe(comparison.model_directory))
+        elif name not in WITHOUT_UNITS:
             method_named(name)
     cells = list(settings.cells())
     rows = [comparison.dense()]
@@ -170,36 +188,46 @@ class Comparison:
         return cached(self._key(DENSE, 0.0, "none", 0, {}), self._dense_row)
 
     def row(
-        self, name: str, ratio: float, compensation: Compensation = "none", seed: int = 0, rule: Rule = "exact"
+        self,
+        name: str | Method,
+        ratio: float,
+        compensation: Compensation = "none",
+        seed: int = 0,
+        rule: Rule = "exact",
+        round_to: int | None = None,
     ) -> Row:
         """Return one row, computed now unless it is known.
 
         Args:
-            name: One of `tasks.studies.methods.NAMES`.
+            name: One of `tasks.studies.methods.NAMES`, or a method that scores like one and ranks otherwise.
             ratio: Share of the block weights that leaves.
             compensation: What makes up for it.
             seed: Of what the method draws.
             rule: How ranking `modules` counts: `published` is the authors' code, which may miss the ratio.
+            round_to: Kept neurons of a layer are a multiple of this; None: the comparison's.
 
         Returns:
-            Names of what was asked for; `achieved_ratio`; `parameters`, biases of the compensation included;
-            `kl_divergence` on the held-out text, nats a token; `losses`, one mean a window of the evaluation text;
-            `saliency_seconds`, `compensation_seconds`, `evaluation_seconds` of the run that computed it.
+            Names of what was asked for; `achieved_ratio`, and of `attention` and `mlp` by themselves in
+            `achieved_by_module`; `parameters`, biases of the compensation included; `kl_divergence` on the held-out
+            text, nats a token, and `divergences`, one mean a sequence of it; `losses`, one mean a window of the
+            evaluation text; `saliency_seconds`, `compensation_seconds`, `evaluation_seconds` of the run that
+            computed it.
 
         Raises:
             InputError: If the method is unknown, or cannot prune this model by this ratio.
         """
-        if name == SHORTGPT:
+        if isinstance(name, str) and name in WITHOUT_UNITS:
             if compensation != "none":
                 raise InputError(
-                    f"{SHORTGPT}: expected compensation none, for it keeps no part of a layer; got another"
+                    f"{name}: expected compensation none, for no units leave that others could replace; got another"
                 )
-            return cached(self._key(name, ratio, "none", 0, {}), lambda: self._shortgpt_row(ratio))
-        method = method_named(name)
+            compute = self._shortgpt_row if name == SHORTGPT else self._slicegpt_row
+            return cached(self._key(name, ratio, "none", 0, {}), lambda: compute(ratio))
+        method = _method(name)
         how = {key: value for key, value in asdict(method).items() if key not in ("scorer", "source")}
-        how |= {"rule": rule, "round_to": self.round_to}
-        key = self._key(name, ratio, compensation, seed if name in SEEDED else 0, how)
-        return cached(key, lambda: self._pruned_row(name, ratio, compensation, seed, rule))
+        how |= {"rule": rule, "round_to": round_to or self.round_to}
+        key = self._key(method.name, ratio, compensation, seed if method.name in SEEDED else 0, how)
+        return cached(key, lambda: self._pruned_row(method, ratio, compensation, seed, rule, round_to))
 
     def _key(
         self, name: str, ratio: float, compensation: Compensation, seed: int, how: Mapping[str, Any]
@@ -229,28 +257,58 @@ class Comparison:
             judged = self._judged(lambda ids: dense_hidden_states(short, ids))
         return _named(SHORTGPT, ratio, "none", 0) | size | judged | seconds
 
-    def _pruned_row(self, name: str, ratio: float, compensation: Compensation, seed: int, rule: Rule) -> Row:
-        keep, seconds = self.keep(name, ratio, seed, rule)
+    def _slicegpt_row(self, ratio: float) -> Row:
+        start, architecture = time.monotonic(), self.stack.architecture
+        dimension = dimension_for(architecture, ratio)
+        model = slicegpt(self.stack, self.texts.calibration.ids, dimension)
+        sized = sliced_size(architecture, dimension)
+        size = {"achieved_ratio": sized.achieved_ratio, "parameters": sized.parameters, "size": sized.statement}
+        seconds = {"saliency_seconds": time.monotonic() - start}
+        judged = self._judged(lambda ids: slicegpt_hidden_states(self.stack, model, ids))
+        return _named(SLICEGPT, ratio, "none", 0) | size | judged | seconds
+
+    def _pruned_row(
+        self, method: Method, ratio: float, compensation: Compensation, seed: int, rule: Rule, round_to: int | None
+    ) -> Row:
+        keep, seconds = self.keep(method, ratio, seed, rule, round_to)
+        row = _named(method.name, ratio, compensation, seed) | self.judged(keep, compensation)
+        return row | {"saliency_seconds": seconds}
+
+    def judged(self, keep: Keep, compensation: Compensation = "none") -> Row:
+        """Return what a row says of a pruned model, whoever chose its units; not remembered: who asks does that."""
         sites = self.stack.architecture.sites()
         start = time.monotonic()
         updates = self._updates(keep, compensation)
         solved = time.monotonic() - start
         slicer, shapes = Slicer(sites, keep), self.stack.architecture.parameter_shapes
         extra = [tuple(value.shape) for name, value in updates.items() if name not in shapes]
+        achieved = achieved_ratio(sites, {site: len(kept) for site, kept in keep.items()})
         size = {
-            "achieved_ratio": achieved_ratio(sites, {site: len(kept) for site, kept in keep.items()})["total"],
+            "achieved_ratio": achieved.pop("total"),
+            "achieved_by_module": achieved,
             "parameters": _count([*(slicer.shape(each, shape) for each, shape in shapes.items()), *extra]),
         }
         judged = self._judged(lambda ids: pruned_hidden_states(self.stack, keep, ids, updates))
-        took = {"saliency_seconds": seconds, "compensation_seconds": solved}
-        return _named(name, ratio, compensation, seed) | size | judged | took
+        return size | judged | {"compensation_seconds": solved}
 
-    def keep(self, name: str, ratio: float, seed: int = 0, rule: Rule = "exact") -> tuple[Keep, float]:
+    def keep(
+        self,
+        name: str | Method,
+        ratio: float,
+        seed: int = 0,
+        rule: Rule = "exact",
+        round_to: int | None = None,
+    ) -> tuple[Keep, float]:
         """Return which units a method keeps, and the seconds that its scores took."""
-        method, text = method_named(name), self.texts.calibration
-        scores = scores_of(method, lambda: self.stack, self.model, text.ids, text.digest, seed)
+        method = _method(name)
+        scores = self.scores(method, seed)
         sites = self.stack.architecture.sites()
-        return allocate_for(method, sites, scores.saliency, ratio, self.round_to, rule), scores.seconds
+        return allocate_for(method, sites, scores.saliency, ratio, round_to or self.round_to, rule), scores.seconds
+
+    def scores(self, method: Method, seed: int = 0) -> Scores:
+        """Return a method's saliency on the calibration text, computed once for all studies."""
+        text = self.texts.calibration
+        return scores_of(method, lambda: self.stack, self.model, text.ids, text.digest, seed)
 
     # --- what makes up for lost units, and what is left to lose --------------------------------------------------
 
@@ -266,13 +324,14 @@ class Comparison:
         start = time.monotonic()
         head, softcap = self.stack.head_weight(), self.stack.architecture.logit_softcap
         heldout, evaluation = self.texts.heldout.ids, self.texts.evaluation.ids
-        pruned = hidden_of(heldout).flatten(0, 1)
-        divergence = head_divergence(self._dense_heldout.flatten(0, 1), pruned, head, softcap)
+        pairs = zip(self._dense_heldout, hidden_of(heldout), strict=True)
+        divergences = [head_divergence(dense, pruned, head, softcap) for dense, pruned in pairs]
         losses = window_losses(hidden_of(evaluation), evaluation, head, softcap).tolist()
-        if not np.isfinite([divergence, *losses]).all():
+        if not np.isfinite([*divergences, *losses]).all():
             raise InputError("compare: expected finite losses, got NaN or infinity; the model's activations overflow")
         return {
-            "kl_divergence": divergence,
+            "kl_divergence": float(np.mean(divergences)),
+            "divergences": divergences,
             "losses": losses,
             "saliency_seconds": 0.0,
             "compensation_seconds": 0.0,
@@ -282,6 +341,14 @@ class Comparison:
 
 def _named(method: str, ratio: float, compensation: Compensation, seed: int) -> Row:
     return {"method": method, "ratio": ratio, "compensation": compensation, "seed": seed}
+
+
+def _method(name: str | Method) -> Method:
+    if isinstance(name, str):
+        return method_named(name)
+    if name.scorer is not method_named(name.name).scorer:  # what is remembered goes by the name
+        raise ValueError(f"{name.name}: expected the scorer of that name")
+    return name
 
 
 def _count(shapes: Iterable[tuple[int, ...]]) -> int:

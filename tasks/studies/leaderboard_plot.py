@@ -30,6 +30,7 @@ _LOOK: dict[str, dict[str, Any]] = {
     "llm_pruner": {"color": "#a8488f", "marker": "D"},
     "wanda_sp": {"color": "#7a6a00", "marker": "v"},
     "shortgpt": {"color": "#4a90c2", "marker": "P"},
+    "slicegpt": {"color": "#3c4e9c", "marker": "p"},
     "lm_loss": {"color": "#8a5a3c", "marker": "X"},
     "magnitude": {"color": "#6b6f75", "marker": "<"},
     "random": {"color": "#6b6f75", "marker": ">"},
@@ -42,6 +43,7 @@ _TITLES = {
     "llm_pruner": "LLM-Pruner",
     "wanda_sp": "Wanda-sp",
     "shortgpt": "ShortGPT",
+    "slicegpt": "SliceGPT",
     "lm_loss": "LM loss",
 }
 _WORST = 30.0  # times the dense perplexity: beyond it a model says nothing, and would squeeze the rest

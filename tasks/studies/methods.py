@@ -30,12 +30,15 @@ from tasks.studies.store import STUDIES, study_key
 Tensors = dict[str, NDArray[Any]]
 SHORTGPT = "shortgpt"
 """It removes whole layers: no method of units, see `nirvana.baselines.shortgpt`."""
+SLICEGPT = "slicegpt"
+"""It removes directions of the residual stream: no method of units, see `nirvana.baselines.slicegpt`."""
+WITHOUT_UNITS = (SHORTGPT, SLICEGPT)
 METHODS: dict[str, Method] = {
     "nirvana": Method("nirvana", scorers.nirvana, "modules", gamma=3.36, source="arXiv 2509.14230"),
     "fisher": Method("fisher", scorers.fisher, "joint", source="mask Fisher, arXiv 2204.09656; see nirvana.fisher"),
     **baselines.METHODS,
 }
-NAMES = (*METHODS, SHORTGPT)
+NAMES = (*METHODS, *WITHOUT_UNITS)
 SEEDED = frozenset({"fisher", "random"})
 """Those whose scores depend on the seed: of the labels, of the draw."""
 FOLDER = "compare"
@@ -46,8 +49,10 @@ def method_named(name: str) -> Method:
     """Return one of `METHODS`.
 
     Raises:
-        InputError: If there is none of that name.
+        InputError: If there is none of that name, or it is one that removes no units.
     """
+    if name in WITHOUT_UNITS:
+        raise InputError(f"methods: expected some that remove units, got {name}; leave it out")
     if name not in METHODS:
         raise InputError(f"methods: expected some of {', '.join(NAMES)}, got {name!r}; correct the name")
     return METHODS[name]

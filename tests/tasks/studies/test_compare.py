@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
-from tiny import random_ids, tiny_corpus, tiny_llama
+from tiny import random_ids, save_family, tiny_corpus, tiny_llama
 from torch import nn
 
 from benchmarks import quality
 from nirvana.baselines.flap import bias_compensation
 from nirvana.baselines.shortgpt import write_shortgpt
+from nirvana.baselines.slicegpt import slicegpt, slicegpt_hidden_states
+from nirvana.baselines.slicegpt_size import dimension_for, sliced_size
 from nirvana.divergence import pruned_hidden_states
 from nirvana.errors import InputError
 from nirvana.files import write_json
@@ -33,7 +35,7 @@ from tasks.studies import methods as registry
 from tasks.studies.compare import Comparison, Settings, Text, Texts, measure
 from tasks.studies.leaderboard import Line, leaderboard, series, shown, verdict, write_leaderboard
 from tasks.studies.leaderboard_plot import apart, draw
-from tasks.studies.methods import METHODS, SHORTGPT, allocate_for
+from tasks.studies.methods import METHODS, SHORTGPT, SLICEGPT, allocate_for
 from tasks.studies.texts import texts_of_ids, texts_of_pipeline
 
 RATIO = 0.4
@@ -74,11 +76,13 @@ def expected_row(dense, pruned, given):
     """KL, losses and size by transformers alone."""
     ids = given.heldout.ids
     p, q = (model(ids).logits.double().log_softmax(-1) for model in (dense, pruned))
+    divergences = (p.exp() * (p - q)).sum(-1).mean(dim=1)
     ids = given.evaluation.ids
     logits = pruned(ids).logits[:, :-1].double()
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(dim=1)
     return {
-        "kl_divergence": pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4),
+        "kl_divergence": pytest.approx(float(divergences.mean()), rel=1e-4),
+        "divergences": pytest.approx(divergences.tolist(), rel=1e-4, abs=1e-6),
         "losses": pytest.approx(losses.tolist(), rel=1e-5),
         "parameters": sum(parameter.numel() for parameter in pruned.parameters()),
     }
@@ -142,6 +146,35 @@ def test_shortgpt_is_judged_through_its_checkpoint(comparison, model_directory, 
     assert not list((tmp_path / ".cache/studies/compare").glob(".shortgpt*"))
     with pytest.raises(InputError, match="expected compensation none"):
         comparison.row(SHORTGPT, 0.5, "bias")
+
+
+def test_slicegpt_is_judged_as_it_is_computed(comparison, model_directory):
+    row = comparison.row(SLICEGPT, 0.3)
+    stack, given = Stack.open(model_directory), comparison.texts
+    size = sliced_size(stack.architecture, dimension_for(stack.architecture, 0.3))
+    assert part_of(row, ("achieved_ratio", "parameters", "size")) == {
+        "achieved_ratio": size.achieved_ratio,
+        "parameters": size.parameters,
+        "size": size.statement,
+    }
+    model = slicegpt(stack, given.calibration.ids, size.dimension)
+    logits = slicegpt_hidden_states(stack, model, given.evaluation.ids)[:, :-1] @ stack.head_weight().T
+    losses = nn.functional.cross_entropy(logits.transpose(1, 2), given.evaluation.ids[:, 1:], reduction="none")
+    assert row["losses"] == pytest.approx(losses.mean(dim=1).tolist(), rel=1e-5)
+    assert row["kl_divergence"] > 0.01 and abs(row["achieved_ratio"] - 0.3) < 0.03
+    with pytest.raises(InputError, match="expected compensation none"):
+        comparison.row(SLICEGPT, 0.3, "least_squares")
+    with pytest.raises(InputError, match="expected some that remove units, got slicegpt"):
+        comparison.keep(SLICEGPT, 0.3)
+
+
+def test_a_model_that_cannot_be_sliced_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_family("gemma3_text", tmp_path / "model")
+    other = Comparison(tmp_path / "model", texts(), round_to=1)
+    with pytest.raises(InputError, match=r"SliceGPT: expected a decoder-only model .* choose another method"):
+        measure(other, Settings(("random", SLICEGPT), (RATIO,), ("none",)))
+    assert not (tmp_path / ".cache").exists()
 
 
 def test_the_published_rule_is_another_row(comparison, model_directory):
@@ -240,7 +273,7 @@ def test_broken_scores_are_computed_again(comparison, tmp_path):
 
 
 def test_an_unknown_method_is_named_before_anything_runs(comparison):
-    with pytest.raises(InputError, match=r"expected some of nirvana, fisher, .*, shortgpt, got 'flop'"):
+    with pytest.raises(InputError, match=r"expected some of nirvana, fisher, .*, shortgpt, slicegpt, got 'flop'"):
         measure(comparison, Settings(("random", "flop"), (RATIO,)))
     assert "stack" not in vars(comparison)
 

@@ -1,0 +1,175 @@
+"""`python -m flows.fine_tuning`: does a pruned model still learn?
+
+Prunes the model of params.yaml by every method, fine-tunes each on the same tokens in the same order, and compares
+them before and after. A run that was stopped goes on where it was: finished models are known, one under way goes on
+from its last point of the curve.
+"""
+
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flows.step import bring_up_to_date
+from flows.study import (
+    COMPENSATION_SEQUENCES,
+    PICTURES,
+    TOKENS,
+    Asked,
+    IdsOption,
+    ModelOption,
+    Outcome,
+    Subject,
+    ThreadsOption,
+    TokensOption,
+    as_table,
+    get_run_logger,
+    numbers,
+    one_line_errors,
+    record,
+    run,
+    set_environment,
+    study,
+    subject,
+    task,
+    text_parameters,
+)
+from nirvana.errors import InputError
+from tasks.params import load_params
+from tasks.registry import paths
+
+PICTURE = PICTURES / "fine_tuning.png"
+QUICK_TRAINING_TOKENS = 4096
+BEST = "fisher+least_squares"
+QUICK = {"ways": (("nirvana", "none"), ("fisher", "least_squares"))}
+_WAIT_SECONDS = 3600
+
+
+@task
+def prepare_corpus(asked: Asked, corpus: Path | None) -> Path:
+    """Have DVC bring up to date the corpus that is trained on, unless one is given; return where it is."""
+    if corpus is None and asked.ids:  # else it is up to date by now: the other texts come from it
+        bring_up_to_date("fetch_corpus", get_run_logger(), _WAIT_SECONDS)
+    return corpus or paths("fetch_corpus")[1]["corpus"]
+
+
+@task
+def put_together(on: Subject, corpus: Path, recipe: Any, threads: int | None) -> Any:
+    """Read what every model is trained on."""
+    from nirvana.device import resolve_device
+    from tasks.child import fix_torch
+    from tasks.studies import fine_tuning as tuning
+
+    params = load_params()
+    fix_torch(threads or params.compute.threads)
+    training = tuning.read_training(params, on.model, corpus, recipe)
+    return tuning.FineTuning(on.model, on.texts, training, recipe, device=resolve_device(params.runtime.device))
+
+
+@task
+def measure(on: Any, settings: Any) -> list[dict[str, Any]]:
+    """Prune, fine-tune and judge."""
+    from tasks.studies import fine_tuning as tuning
+
+    return tuning.measure(on, settings)
+
+
+@task
+def report(dense: Any, lines: list[Any], reference: tuple[str, str]) -> list[Path]:
+    """Write tables and picture."""
+    from tasks.studies.fine_tuning_plot import draw
+    from tasks.studies.fine_tuning_summary import write_tables
+
+    return [*draw(dense, lines, reference, PICTURE), *write_tables(dense, lines, PICTURE.with_suffix(".csv"))]
+
+
+@study
+def fine_tuning(asked: Asked, corpus: Path | None, changed: dict[str, Any]) -> Outcome:
+    """Fine-tune every method's pruned model alike.
+
+    Args:
+        asked: What the command line says.
+        corpus: What is trained on, in place of the pipeline's.
+        changed: Fields of `tasks.studies.fine_tuning.Settings` that are not the default.
+    """
+    set_environment(asked)
+    from tasks.studies import fine_tuning as tuning
+    from tasks.studies import fine_tuning_summary as summary
+
+    settings = replace(tuning.Settings(), **changed)
+    tuning.check(settings)
+    recipe = tuning.recipe_of(load_params().recovery, settings.tokens)
+    together = put_together(subject(asked), prepare_corpus(asked, corpus), recipe, asked.threads)
+    dense, lines = summary.summary(measure(together, settings), settings.reference)
+    conclusion = summary.verdict(dense, lines, settings.reference)
+    files = report(dense, lines, settings.reference)
+    parameters = asdict(settings) | text_parameters(together.texts) | tuning.described(together)
+    run_id = record("fine_tuning", parameters, summary.series(lines), files, conclusion)
+    title = f"Loss in nats a token before and after {lines[0].tokens:,} tokens of LoRA, with 95 % intervals"
+    tables = [as_table(title, summary.table(dense, lines, settings.reference))]
+    return Outcome(tables, conclusion, files, run_id, _notes(asked, corpus, lines))
+
+
+def _notes(asked: Asked, corpus: Path | None, lines: list[Any]) -> list[str]:
+    notes = ["LS  output projections solved for by least squares; FLAP goes without its bias"]
+    source = f"documents of {corpus}" if corpus else "the pipeline's corpus (corpus.source in params.yaml)"
+    if asked.ids or corpus:
+        notes.append(f"trained on {source}, pruned and judged on other text: a gain has to carry over")
+    seconds = [line.seconds_a_step for line in lines if line.seconds_a_step]
+    return notes + ([f"{sum(seconds) / len(seconds):.1f} s a step"] if seconds else [])
+
+
+def _ways(text: str) -> tuple[tuple[str, str], ...]:
+    """Read methods such as `flap` and `fisher+least_squares`, which `best` stands for."""
+    names = (part.strip() for part in text.split(","))
+    parts = ((BEST if name == "best" else name).partition("+") for name in names)
+    return tuple(dict.fromkeys((name, compensation or "none") for name, _, compensation in parts))
+
+
+def _ratio(text: str) -> float:
+    first, *others = numbers("--ratio", text)
+    if others:
+        raise InputError(f"--ratio: expected one number such as 0.4, got {text}; run once for each")
+    return first
+
+
+def main(
+    methods: Annotated[
+        str | None, typer.Option(help="Methods, e.g. nirvana,best,flap; best is fisher+least_squares.")
+    ] = None,
+    ratio: Annotated[str | None, typer.Option(help="Pruning ratio, 0.4 by default.")] = None,
+    training_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that each model is trained on; 24,576 by default.")
+    ] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="Directory with documents.jsonl to train on, in place of the pipeline's corpus.")
+    ] = None,
+    ids: IdsOption = None,
+    model: ModelOption = None,
+    tokens: TokensOption = TOKENS,
+    compensation_sequences: Annotated[
+        int, typer.Option(min=1, help="Sequences that compensation is fitted on.")
+    ] = COMPENSATION_SEQUENCES,
+    threads: ThreadsOption = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two methods, 4,096 training tokens: to see that it works.")
+    ] = False,
+) -> None:
+    """Measure what fine-tuning makes of each method's pruned model; training text is always a corpus's."""
+    with one_line_errors():
+        asked = Asked.of(ids, model, tokens, threads, quick, compensation_sequences=compensation_sequences)
+        changed: dict[str, Any] = QUICK | {"tokens": QUICK_TRAINING_TOKENS} if quick else {}
+        if methods is not None:
+            changed["ways"] = _ways(methods)
+        if ratio is not None:
+            changed["ratio"] = _ratio(ratio)
+        if training_tokens is not None:
+            changed["tokens"] = training_tokens
+    run(fine_tuning, asked, corpus.resolve() if corpus else None, changed)
+
+
+if __name__ == "__main__":
+    with suppress(BrokenPipeError):
+        typer.run(main)

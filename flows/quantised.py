@@ -1,0 +1,108 @@
+"""`python -m flows.quantised`: pruned, then int8 or int4: does the damage add up?
+
+Prunes the model of params.yaml, rounds what is left, and compares perplexity and bytes with the dense model rounded
+alike. A run that was stopped goes on where it was.
+"""
+
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flows.study import (
+    COMPENSATION_SEQUENCES,
+    PICTURES,
+    TOKENS,
+    Asked,
+    IdsOption,
+    ModelOption,
+    Outcome,
+    Subject,
+    ThreadsOption,
+    TokensOption,
+    as_table,
+    numbers,
+    one_line_errors,
+    record,
+    run,
+    set_environment,
+    study,
+    subject,
+    task,
+    text_parameters,
+)
+
+PICTURE = PICTURES / "quantised.png"
+QUICK = {"ratios": (0.4,)}
+
+
+@task
+def measure(on: Subject, settings: Any) -> list[dict[str, Any]]:
+    """Prune, round and judge."""
+    from tasks.studies import quantised as study
+
+    return study.measure(study.Quantised(on.model, on.texts), settings)
+
+
+@task
+def report(lines: list[Any], sums: list[Any]) -> list[Path]:
+    """Write tables and picture."""
+    from tasks.studies.quantised_plot import draw
+    from tasks.studies.quantised_summary import write_tables
+
+    return [*draw(lines, sums, PICTURE), *write_tables(lines, sums, PICTURE.with_suffix(".csv"))]
+
+
+@study
+def quantised(asked: Asked, changed: dict[str, Any]) -> Outcome:
+    """Compare pruning, quantising and both.
+
+    Args:
+        asked: What the command line says.
+        changed: Fields of `tasks.studies.quantised.Settings` that are not the default.
+    """
+    set_environment(asked)
+    from tasks.studies import quantised_summary as summary
+    from tasks.studies.quantised import Settings
+
+    settings = replace(Settings(), **changed)
+    on = subject(asked)
+    rows = measure(on, settings)
+    lines, sums = summary.cells(rows), summary.sums(rows)
+    conclusion = summary.verdict(lines, sums)
+    files = report(lines, sums)
+    parameters = asdict(settings) | text_parameters(on.texts)
+    run_id = record("quantised", parameters, summary.series(lines, sums), files, conclusion)
+    tables = [
+        as_table("Weights in few bits, simulated; loss in nats a token", summary.cell_table(lines)),
+        as_table("Does the damage add up? Loss above the dense model", summary.sum_table(sums)),
+    ]
+    notes = ["*  no other has as little perplexity in as few bytes", summary.LEGEND]
+    return Outcome(tables, conclusion, files, run_id, notes)
+
+
+def main(
+    ratios: Annotated[str | None, typer.Option(help="Pruning ratios, e.g. 0.2,0.4.")] = None,
+    ids: IdsOption = None,
+    model: ModelOption = None,
+    tokens: TokensOption = TOKENS,
+    compensation_sequences: Annotated[
+        int, typer.Option(min=1, help="Sequences that compensation is fitted on.")
+    ] = COMPENSATION_SEQUENCES,
+    threads: ThreadsOption = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One ratio, 2,048 tokens: to see that it works.")] = False,
+) -> None:
+    """Compare pruning, quantising to int8 and int4, and both."""
+    with one_line_errors():
+        asked = Asked.of(ids, model, tokens, threads, quick, compensation_sequences=compensation_sequences)
+        changed: dict[str, Any] = dict(QUICK) if quick else {}
+        if ratios is not None:
+            changed["ratios"] = numbers("--ratios", ratios)
+    run(quantised, asked, changed)
+
+
+if __name__ == "__main__":
+    with suppress(BrokenPipeError):
+        typer.run(main)

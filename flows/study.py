@@ -1,0 +1,269 @@
+"""What every study's flow shares, so that `flows/<study>.py` holds its own steps and options only.
+
+@study
+def gamma_sweep(asked: Asked, settings: Any) -> Outcome: ...   # a Prefect flow; errors of the input end it
+
+def main(ids: IdsOption = None, ...) -> None:
+    with one_line_errors():
+        asked = Asked.of(ids, model, tokens, threads)
+    run(gamma_sweep, asked, settings)
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, ParamSpec, TypeVar, cast
+
+import flows.environment as environment  # before prefect, which reads it when imported
+
+# isort: split
+import typer
+from prefect import Flow, State, flow, get_run_logger
+from prefect import task as prefect_task
+from prefect.cache_policies import NO_CACHE
+from prefect.settings import PREFECT_API_URL
+from prefect.states import Completed, Failed
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from flows.leash import hold_temporary_server
+from flows.step import StepFailedError, bring_up_to_date
+from nirvana.errors import InputError
+from tasks.params import load_params
+from tasks.process import ERROR_PREFIX, prepare_environment
+from tasks.registry import paths
+
+PICTURES = Path("reports/studies")
+TOKENS, COMPENSATION_SEQUENCES = 4096, 32
+QUICK_TOKENS = 2048
+_WAIT_SECONDS = 3600
+REFUSED = "Refused"
+"""State of a step whose input cannot be; any other error is ours, and shows where it comes from."""
+_INTERRUPTED = "interrupted; run the same command again, finished parts stay"
+
+IdsOption = Annotated[
+    Path | None, typer.Option(help="Directory of JSON files of token ids, in place of the pipeline's text.")
+]
+ModelOption = Annotated[Path | None, typer.Option(help="Model directory, in place of the pipeline's.")]
+TokensOption = Annotated[int, typer.Option(min=2, help="Evaluation tokens.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Intra-op threads; params.yaml's by default.")]
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line says of a study that prunes the model of params.yaml, or another."""
+
+    ids: Path | None = None
+    model: Path | None = None
+    tokens: int = TOKENS
+    compensation_sequences: int = COMPENSATION_SEQUENCES
+    threads: int | None = None
+
+    @classmethod
+    def of(
+        cls, ids: Path | None, model: Path | None, tokens: int, threads: int | None, quick: bool = False, **more: Any
+    ) -> "Asked":
+        """Resolve the paths against where the user stands; `quick` limits the tokens."""
+        tokens = min(tokens, QUICK_TOKENS) if quick else tokens
+        ids, model = (each.resolve() if each else None for each in (ids, model))
+        return cls(ids, model, tokens, threads=threads, **more)
+
+
+class Subject(NamedTuple):
+    """What is pruned, and `tasks.studies.compare.Texts` to prune and judge it by."""
+
+    model: Path
+    texts: Any
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a study ends in.
+
+    Attributes:
+        tables: Printed first.
+        conclusion: Sentences; the first is the flow's message.
+        files: What was written.
+        run_id: Of the MLflow parent.
+        notes: Lines under the tables.
+    """
+
+    tables: Sequence[Table]
+    conclusion: Sequence[str]
+    files: Sequence[Path]
+    run_id: str
+    notes: Sequence[str] = ()
+
+
+def task(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Make a step of a study a Prefect task; tasks.studies.store remembers what it finds, Prefect does not.
+
+    Errors of the input fail it with one line, without a traceback, and go on to the flow.
+    """
+
+    @prefect_task(cache_policy=NO_CACHE, persist_result=False)
+    @wraps(function)
+    def attempt(*arguments: Arguments.args, **named: Arguments.kwargs) -> Any:
+        try:
+            return function(*arguments, **named)
+        except (InputError, StepFailedError) as error:
+            return Failed(message=str(error), name=REFUSED)
+
+    @wraps(function)
+    def step(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
+        state: Any = attempt(*arguments, **named, return_state=True)
+        if state.name == REFUSED:
+            raise InputError(state.message)
+        return cast(Result, state.result())
+
+    return step
+
+
+def study(function: Callable[..., Outcome]) -> Flow[..., Any]:
+    """Make a function a Prefect flow of its name: in the checkout, timed, its outcome printed, errors one line."""
+
+    @wraps(function)
+    def run_it(*arguments: Any, **named: Any) -> State:
+        os.chdir(environment.ROOT)
+        start = time.monotonic()
+        try:
+            outcome = function(*arguments, **named)
+        except InputError as error:
+            return Failed(message=str(error))
+        _show(outcome)
+        Console().print(f"main job: {time.monotonic() - start:.0f} s", highlight=False)
+        return Completed(message=outcome.conclusion[0])
+
+    name = function.__name__.replace("_", "-")
+    return flow(name=name, persist_result=False, validate_parameters=False)(run_it)
+
+
+def run(study_flow: Flow[..., Any], *arguments: Any) -> None:
+    """Run a study's flow, beside a temporary Prefect server unless one is configured; end the process if it fails."""
+    if not PREFECT_API_URL.value():
+        hold_temporary_server()
+    try:
+        state: State[Any] = study_flow(*arguments, return_state=True)  # type: ignore[assignment]
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{ERROR_PREFIX}{_INTERRUPTED}\n")
+        sys.exit(130)
+    if not state.is_completed():
+        sys.stderr.write(f"{ERROR_PREFIX}{state.message}\n")
+        sys.exit(1)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the process with one line where what the command line says cannot be."""
+    try:
+        yield
+    except InputError as error:
+        raise SystemExit(f"{ERROR_PREFIX}{error}") from None
+
+
+# --- steps ----------------------------------------------------------------------------------------------------
+
+
+def set_environment(asked: Asked) -> None:
+    """Set threads, and no network; `subject` does, and who imports torch before calling it must have done."""
+    prepare_environment(asked.threads or load_params().compute.threads, online=False)
+
+
+def subject(asked: Asked) -> Subject:
+    """Have DVC bring up to date what is asked for, and read the texts."""
+    set_environment(asked)
+    files = prepare(asked)
+    return Subject(files["model"], read_texts(asked, files))
+
+
+@task
+def prepare(asked: Asked) -> dict[str, Path]:
+    """Have DVC bring the model, and unless ids are given the text, up to date; return where they are."""
+    steps = [] if asked.model else ["fetch_model"]
+    steps += [] if asked.ids else ["fetch_corpus", "sample_pool"]
+    for step in steps:
+        bring_up_to_date(step, get_run_logger(), _WAIT_SECONDS)
+    files = paths("fetch_model")[1] | paths("fetch_corpus")[1] | paths("sample_pool")[1]
+    return files | ({"model": asked.model} if asked.model else {})
+
+
+@task
+def read_texts(asked: Asked, files: dict[str, Path]) -> Any:
+    """Read what every method calibrates on and is judged by."""
+    from tasks.studies.texts import texts_of_ids, texts_of_pipeline
+
+    if asked.ids:
+        return texts_of_ids(asked.ids, asked.tokens, asked.compensation_sequences)
+    return texts_of_pipeline(load_params(), files["model"], files, asked.tokens, asked.compensation_sequences)
+
+
+@task
+def record(
+    name: str, parameters: dict[str, Any], children: dict[str, Any], files: Sequence[Path], conclusion: Sequence[str]
+) -> str:
+    """Record a study in MLflow: a parent, and a child a variant (`tasks.studies.tracking.Series`)."""
+    from tasks.studies.tracking import record_study
+
+    return record_study(name, parameters, children, files, "\n\n".join(conclusion))
+
+
+def text_parameters(texts: Any) -> dict[str, Any]:
+    """Return digests and shapes of the texts, for `record`."""
+    names = ("calibration", "compensation", "heldout", "evaluation")
+    digests = {name: getattr(texts, name).digest for name in names}
+    return {"text": digests, "sequences_and_tokens": {name: list(getattr(texts, name).ids.shape) for name in names}}
+
+
+# --- what is read and shown -------------------------------------------------------------------------------------
+
+
+def numbers(option: str, text: str, below: float = 1.0) -> tuple[float, ...]:
+    """Read comma-separated numbers between 0 and `below`.
+
+    Raises:
+        InputError: If there are others.
+    """
+    try:
+        values = tuple(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError:
+        values = ()
+    if not values or not all(0 < value < below for value in values):
+        raise InputError(
+            f"{option}: expected numbers between 0 and {below:g} such as 0.2,0.4, got {text}; correct them"
+        )
+    return values
+
+
+def as_table(title: str, rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> Table:
+    """Return a table of text: a header, then the rows.
+
+    Args:
+        title: Above it.
+        rows: The first is the header.
+        left: Columns that are names; the others are numbers, at the right.
+    """
+    heading, *body = rows
+    table = Table(title=title, title_justify="left", box=SIMPLE)
+    for number, name in enumerate(heading):
+        table.add_column(name, justify="left" if number in left else "right", no_wrap=True)
+    for row in body:
+        table.add_row(*row)
+    return table
+
+
+def _show(outcome: Outcome) -> None:
+    console = Console()
+    console.width = max(console.width, 92)  # a broken line is worse to read than a long one
+    console.print(*outcome.tables)
+    console.print(*outcome.notes, *outcome.conclusion, sep="\n", highlight=False)
+    written = [f"wrote  {file}" for file in outcome.files]
+    console.print(*written, f"MLflow run  {outcome.run_id}", sep="\n", highlight=False)

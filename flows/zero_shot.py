@@ -1,0 +1,193 @@
+"""`python -m flows.zero_shot`: how much zero-shot accuracy does each method lose?
+
+Prunes the model of params.yaml by every method and asks each model for last words and plausible continuations, made
+from the corpus's evaluation split and, with --text, from another text. A run that was stopped goes on where it was.
+"""
+
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from flows.step import bring_up_to_date
+from flows.study import (
+    COMPENSATION_SEQUENCES,
+    PICTURES,
+    Asked,
+    IdsOption,
+    ModelOption,
+    Outcome,
+    Subject,
+    ThreadsOption,
+    as_table,
+    get_run_logger,
+    numbers,
+    one_line_errors,
+    record,
+    run,
+    set_environment,
+    study,
+    task,
+    text_parameters,
+)
+from nirvana.errors import InputError
+from tasks.params import load_params
+from tasks.registry import paths
+
+PICTURE = PICTURES / "zero_shot.png"
+ITEMS, QUICK_ITEMS = 1000, 60
+QUICK = {"ratios": (0.4,), "ways": (("nirvana", "none"), ("fisher", "least_squares"))}
+_NO_TOKENS = 2
+"""Evaluation tokens, which are read with the other texts but judge nothing here: the fewest there can be."""
+_READ = ("calibration", "compensation")
+_WAIT_SECONDS = 3600
+
+
+class Judged(NamedTuple):
+    """What the items are made from: `corpus`, a directory or the pipeline's, `text`, if any; and how many."""
+
+    corpus: Path | None
+    text: Path | None
+    items: int
+
+
+@task
+def prepare(asked: Asked, corpus: Path | None) -> dict[str, Path]:
+    """Have DVC bring up to date what is not given: model, corpus, and the pool unless ids or a corpus are."""
+    needed = {"fetch_model": asked.model, "fetch_corpus": corpus, "sample_pool": asked.ids or corpus}
+    for step in (step for step, given in needed.items() if given is None):
+        bring_up_to_date(step, get_run_logger(), _WAIT_SECONDS)
+    files = paths("fetch_model")[1] | paths("fetch_corpus")[1] | paths("sample_pool")[1]
+    given = {"model": asked.model, "corpus": corpus}
+    return files | {name: path for name, path in given.items() if path is not None}
+
+
+@task
+def read_texts(asked: Asked, files: dict[str, Path], corpus: Path | None) -> Any:
+    """Read what every method calibrates on: ids, the pipeline's, or what the pipeline would draw from a corpus."""
+    from tasks import sample_pool
+    from tasks.studies.texts import texts_of_ids, texts_of_pipeline
+
+    params, sizes = load_params(), (asked.tokens, asked.compensation_sequences)
+    if asked.ids:
+        return texts_of_ids(asked.ids, *sizes)
+    if corpus is None:
+        return texts_of_pipeline(params, files["model"], files, *sizes)
+    with tempfile.TemporaryDirectory(prefix="nirvana-zero-shot-") as scratch:
+        drawn = {name: Path(scratch) / path.name for name, path in paths("sample_pool")[1].items()}
+        sample_pool.run(params, files, drawn)
+        return texts_of_pipeline(params, files["model"], files | drawn, *sizes)
+
+
+@task
+def make_items(on: Subject, corpus: Path, judged: Judged) -> list[Any]:
+    """Make the items, apart from what is calibrated on."""
+    from tasks.studies.zero_shot_items import item_sets
+
+    return item_sets(on.model, on.texts, corpus, judged.items, judged.text)
+
+
+@task
+def measure(on: Subject, sets: list[Any], settings: Any) -> list[dict[str, Any]]:
+    """Prune and ask."""
+    from tasks.studies import zero_shot as study
+
+    return study.measure(study.ZeroShot(on.model, on.texts), sets, settings)
+
+
+@task
+def report(lines: list[Any]) -> list[Path]:
+    """Write table and picture."""
+    from tasks.studies.zero_shot_plot import draw
+    from tasks.studies.zero_shot_summary import write_table
+
+    return [*draw(lines, PICTURE), write_table(lines, PICTURE.with_suffix(".csv"))]
+
+
+@study
+def zero_shot(asked: Asked, judged: Judged, changed: dict[str, Any]) -> Outcome:
+    """Compare the accuracy that methods lose, each at the same ratios on the same items.
+
+    Args:
+        asked: What the command line says.
+        judged: What the items are made from.
+        changed: Fields of `tasks.studies.zero_shot.Settings` that are not the default.
+    """
+    set_environment(asked)
+    from tasks.studies import zero_shot_summary as summary
+    from tasks.studies.zero_shot import Settings
+
+    settings = _checked(replace(Settings(), **changed))
+    files = prepare(asked, judged.corpus)
+    on = Subject(files["model"], read_texts(asked, files, judged.corpus))
+    sets = make_items(on, files["corpus"], judged)
+    lines = summary.lines(measure(on, sets, settings))
+    conclusion = summary.verdict(lines)
+    written = report(lines)
+    read = {name: {each: of[each] for each in _READ} for name, of in text_parameters(on.texts).items()}
+    parameters = asdict(settings) | read | {"items": {f"{x.text} {x.kind}": f"{len(x.items)} {x.digest}" for x in sets}}
+    run_id = record("zero_shot", parameters, summary.series(lines), written, conclusion)
+    tables = [as_table(title, rows, left=(1,)) for title, rows in summary.tables(lines).items()]
+    seconds = [line.seconds_per_item for line in lines if line.kind == summary.ALL]
+    notes = [f"{sum(seconds) / len(seconds):.2f} s an item and model"] if seconds else []
+    return Outcome(tables, conclusion, written, run_id, notes)
+
+
+def _checked(settings: Any) -> Any:
+    from tasks.studies.compare import COMPENSATIONS
+    from tasks.studies.methods import METHODS
+
+    if odd := [way for way in settings.ways if way[0] not in METHODS or way[1] not in COMPENSATIONS]:
+        raise InputError(
+            f"--methods: expected some of {','.join(METHODS)}, each maybe with +bias or +least_squares, got "
+            f"{'+'.join(odd[0])}; correct it"
+        )
+    return settings
+
+
+def _ways(text: str) -> tuple[tuple[str, str], ...]:
+    parts = (part.strip().partition("+") for part in text.split(","))
+    return tuple(dict.fromkeys((name, compensation or "none") for name, _, compensation in parts))
+
+
+def main(
+    ratios: Annotated[str | None, typer.Option(help="Pruning ratios, e.g. 0.2,0.4.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Methods, e.g. nirvana,fisher,fisher+least_squares,flap+bias.")
+    ] = None,
+    items: Annotated[int, typer.Option(min=10, help="Items a text, both kinds together.")] = ITEMS,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Other text to ask about as well: .txt, .jsonl with a column text, or a directory of such."),
+    ] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="Directory with documents.jsonl, in place of the pipeline's corpus.")
+    ] = None,
+    ids: IdsOption = None,
+    model: ModelOption = None,
+    compensation_sequences: Annotated[
+        int, typer.Option(min=1, help="Sequences that compensation is fitted on.")
+    ] = COMPENSATION_SEQUENCES,
+    threads: ThreadsOption = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two methods, one ratio, 60 items: to see that it works.")
+    ] = False,
+) -> None:
+    """Measure how much zero-shot accuracy each method loses."""
+    with one_line_errors():
+        asked = Asked.of(ids, model, _NO_TOKENS, threads, compensation_sequences=compensation_sequences)
+        changed: dict[str, Any] = dict(QUICK) if quick else {}
+        if ratios is not None:
+            changed["ratios"] = numbers("--ratios", ratios)
+        if methods is not None:
+            changed["ways"] = _ways(methods)
+    corpus, text = (each.resolve() if each else None for each in (corpus, text))
+    run(zero_shot, asked, Judged(corpus, text, min(items, QUICK_ITEMS) if quick else items), changed)
+
+
+if __name__ == "__main__":
+    with suppress(BrokenPipeError):
+        typer.run(main)
