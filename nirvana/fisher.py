@@ -7,9 +7,8 @@ needed, none of weights.
 
 The sum may run over sequences, one mask each: then F_u is what the definition says, estimated from as many numbers as
 there are sequences. Or over tokens, one mask each: what the removal at one token does to later ones through the same
-unit counts as independent, and the estimate has a hundred times as many numbers to average. Or over tokens again, with
-masks on what a unit sends beyond its own mean: a constant is what compensation takes over best. After compensation the
-last chooses best (docs/results.md), and it is the default.
+unit counts as independent, and the estimate has a hundred times as many numbers to average. After compensation the
+latter chooses better (docs/results.md), and it is the default.
 
 Sources: Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers" (arXiv 2204.09656), mask Fisher;
 Kunstner et al. 2019 (arXiv 1905.12558), why the labels have to be the model's own.
@@ -25,14 +24,14 @@ from torch import Tensor
 from nirvana.architectures.architecture import Streams
 from nirvana.errors import InputError
 from nirvana.projections import OutputProjection, output_projections, recorded_inputs
-from nirvana.walk import Hidden, Ids, Stack, as_streams, microbatches, part_of
+from nirvana.walk import Hidden, Ids, Stack, as_streams, microbatches, part_of, walk_forward
 
 VOCAB_CHUNK = 4096
 """Head rows at a time."""
 DRAWS = 2
 """Label sequences drawn a calibration sequence; each is one more backward pass."""
-Masks = Literal["deviations", "tokens", "sequences"]
-"""What has a mask of its own: what a unit sends at a token, less its mean over the text or not, or in a sequence."""
+Masks = Literal["tokens", "sequences"]
+"""What has a mask of its own."""
 
 _Gradients = tuple[Tensor | None, ...]
 
@@ -43,7 +42,7 @@ def mask_fisher(
     microbatch: int = 2,
     draws: int = DRAWS,
     seed: int = 0,
-    masks: Masks = "deviations",
+    masks: Masks = "tokens",
     on_layer: Callable[[int], None] = lambda layer: None,
 ) -> dict[str, Float[Tensor, " units"]]:
     """Return ½ F_u of every unit, in nats a predicted token.
@@ -53,7 +52,7 @@ def mask_fisher(
         microbatch: Sequences a forward; changes memory, not the result beyond rounding.
         draws: Label sequences drawn a calibration sequence, averaged.
         seed: Of the labels; each sequence has its own generator, so that microbatches change nothing.
-        masks: What has a mask of its own; `deviations` suits plans that are compensated, the others those that are not.
+        masks: Whether each token or each sequence has a mask of its own.
         on_layer: Called after each layer of each of the two walks, for progress.
 
     Returns:
@@ -70,13 +69,11 @@ def mask_fisher(
     sequences, positions = as_streams(ids)[-1].shape
     rows = list(microbatches(sequences, microbatch))
     parts = [stack.embed(part_of(ids, each)) for each in rows]
-    inputs: list[list[Streams]] = []
-    means: list[list[Tensor] | None] = []
+    inputs = []
     with torch.no_grad():
         for layer, weights in stack.layers(range(stack.num_layers)):
             inputs.append(parts)
-            parts, mean = _forward(stack, parts, layer, weights, projections[layer])
-            means.append(mean if masks == "deviations" else None)
+            parts = walk_forward(stack, parts, layer, weights)
             on_layer(layer)
     upstream = [
         [_label_gradient(stack, part, range(each.start, each.stop), seed, draw) for draw in range(draws)]
@@ -86,9 +83,7 @@ def mask_fisher(
     scale = 1 / (2 * draws * sequences * positions)
     result: dict[str, Tensor] = {}
     for layer, weights in stack.layers(reversed(range(stack.num_layers))):
-        squares = _layer_squares(
-            stack, layer, weights, projections[layer], inputs.pop(), upstream, means.pop(), masks == "sequences"
-        )
+        squares = _layer_squares(stack, layer, weights, projections[layer], inputs.pop(), upstream, masks)
         for name, values in squares.items():
             if not torch.isfinite(values).all():
                 raise InputError(
@@ -100,28 +95,6 @@ def mask_fisher(
     return result
 
 
-def _forward(
-    stack: Stack, parts: list[Streams], layer: int, weights: dict[str, Tensor], projections: list[OutputProjection]
-) -> tuple[list[Streams], list[Tensor]]:
-    """Return the outputs of one layer for every microbatch, and the mean of what enters each output projection."""
-    architecture = stack.architecture
-    module, fused = architecture.layer_module(layer), architecture.fuse(layer, weights)
-    paths = [projection.path_in(architecture) for projection in projections]
-    following: list[Streams] = []
-    sums: dict[str, Tensor] = {}
-    tokens = dict.fromkeys(paths, 0)
-    with recorded_inputs(module, paths) as seen:
-        for streams in parts:
-            arguments = architecture.layer_arguments(streams)[layer]
-            following.append(architecture.run_layer(layer, streams, arguments, fused, module))
-            for path in paths:
-                entering = seen[path].flatten(0, -2)
-                total = entering.sum(dim=0, dtype=torch.float64)
-                sums[path] = sums[path] + total if path in sums else total
-                tokens[path] += len(entering)
-    return following, [(sums[path] / tokens[path]).float() for path in paths]
-
-
 def _layer_squares(
     stack: Stack,
     layer: int,
@@ -129,13 +102,9 @@ def _layer_squares(
     projections: list[OutputProjection],
     inputs: list[Streams],
     upstream: list[list[_Gradients]],
-    means: list[Tensor] | None,
-    by_sequence: bool,
+    masks: Masks,
 ) -> dict[str, Tensor]:
-    """Return Σ (∂ℓ/∂m_u)² of a layer's units; `upstream` is replaced by the gradients at the layer's inputs.
-
-    `means` of what enters each projection; None: masks scale all of it.
-    """
+    """Return Σ (∂ℓ/∂m_u)² of a layer's units; `upstream` is replaced by the gradients at the layer's inputs."""
     architecture = stack.architecture
     module, fused = architecture.layer_module(layer), architecture.fuse(layer, weights)
     paths = [projection.path_in(architecture) for projection in projections]
@@ -155,10 +124,10 @@ def _layer_squares(
                     retain_graph=draw + 1 < len(upstream[index]),
                     allow_unused=True,
                 )
-                for number, (projection, x, at_x) in enumerate(zip(projections, entering, found, strict=False)):
-                    masked = x.detach() if means is None else x.detach() - means[number]
-                    slopes = (masked * at_x).unflatten(2, (projection.site.units, -1)).sum(dim=3)
-                    slopes = slopes.sum(dim=1, keepdim=True) if by_sequence else slopes
+                for projection, x, at_x in zip(projections, entering, found, strict=False):
+                    # ∂ℓ/∂m_u of a mask that scales the unit's part of x
+                    slopes = (x.detach() * at_x).unflatten(2, (projection.site.units, -1)).sum(dim=3)
+                    slopes = slopes.sum(dim=1, keepdim=True) if masks == "sequences" else slopes
                     squares[projection.site.name] += slopes.double().square().sum(dim=(0, 1)).cpu()
                 upstream[index][draw] = found[len(entering) :]
             inputs[index] = ()
