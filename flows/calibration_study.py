@@ -12,7 +12,6 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from flows.step import bring_up_to_date
 from flows.study import (
     PICTURES,
     TOKENS,
@@ -22,7 +21,7 @@ from flows.study import (
     ThreadsOption,
     TokensOption,
     as_table,
-    get_run_logger,
+    bring,
     one_line_errors,
     record,
     run,
@@ -44,7 +43,6 @@ QUICK = {
     "draws": 2,
     "other_candidates": 3,
 }
-_WAIT_SECONDS = 3600
 
 
 class Subject(NamedTuple):
@@ -59,8 +57,7 @@ class Subject(NamedTuple):
 def prepare(asked: Asked, corpus: Path | None) -> tuple[Path, Path]:
     """Have DVC bring model and corpus up to date unless they are given; return where they are."""
     given = {"fetch_model": asked.model, "fetch_corpus": corpus}
-    for step in (step for step, path in given.items() if path is None):
-        bring_up_to_date(step, get_run_logger(), _WAIT_SECONDS)
+    bring(step for step, path in given.items() if path is None)
     return asked.model or paths("fetch_model")[1]["model"], corpus or paths("fetch_corpus")[1]["corpus"]
 
 

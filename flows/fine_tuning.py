@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.step import bring_up_to_date
 from flows.study import (
     COMPENSATION_SEQUENCES,
     PICTURES,
@@ -25,7 +24,7 @@ from flows.study import (
     ThreadsOption,
     TokensOption,
     as_table,
-    get_run_logger,
+    bring,
     numbers,
     one_line_errors,
     record,
@@ -44,14 +43,13 @@ PICTURE = PICTURES / "fine_tuning.png"
 QUICK_TRAINING_TOKENS = 4096
 BEST = "fisher+least_squares"
 QUICK = {"ways": (("nirvana", "none"), ("fisher", "least_squares"))}
-_WAIT_SECONDS = 3600
 
 
 @task
 def prepare_corpus(asked: Asked, corpus: Path | None) -> Path:
     """Have DVC bring up to date the corpus that is trained on, unless one is given; return where it is."""
     if corpus is None and asked.ids:  # else it is up to date by now: the other texts come from it
-        bring_up_to_date("fetch_corpus", get_run_logger(), _WAIT_SECONDS)
+        bring(["fetch_corpus"])
     return corpus or paths("fetch_corpus")[1]["corpus"]
 
 

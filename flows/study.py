@@ -12,7 +12,7 @@ def main(ids: IdsOption = None, ...) -> None:
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -185,13 +185,18 @@ def subject(asked: Asked) -> Subject:
     return Subject(files["model"], read_texts(asked, files))
 
 
+def bring(steps: Iterable[str]) -> None:
+    """Have DVC bring steps up to date; inside a task or a flow."""
+    for step in steps:
+        bring_up_to_date(step, get_run_logger(), _WAIT_SECONDS)
+
+
 @task
 def prepare(asked: Asked) -> dict[str, Path]:
     """Have DVC bring the model, and unless ids are given the text, up to date; return where they are."""
     steps = [] if asked.model else ["fetch_model"]
     steps += [] if asked.ids else ["fetch_corpus", "sample_pool"]
-    for step in steps:
-        bring_up_to_date(step, get_run_logger(), _WAIT_SECONDS)
+    bring(steps)
     files = paths("fetch_model")[1] | paths("fetch_corpus")[1] | paths("sample_pool")[1]
     return files | ({"model": asked.model} if asked.model else {})
 

@@ -12,7 +12,6 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from flows.step import bring_up_to_date
 from flows.study import (
     COMPENSATION_SEQUENCES,
     PICTURES,
@@ -23,7 +22,7 @@ from flows.study import (
     Subject,
     ThreadsOption,
     as_table,
-    get_run_logger,
+    bring,
     numbers,
     one_line_errors,
     record,
@@ -43,7 +42,6 @@ QUICK = {"ratios": (0.4,), "ways": (("nirvana", "none"), ("fisher", "least_squar
 _NO_TOKENS = 2
 """Evaluation tokens, which are read with the other texts but judge nothing here: the fewest there can be."""
 _READ = ("calibration", "compensation")
-_WAIT_SECONDS = 3600
 
 
 class Judged(NamedTuple):
@@ -58,8 +56,7 @@ class Judged(NamedTuple):
 def prepare(asked: Asked, corpus: Path | None) -> dict[str, Path]:
     """Have DVC bring up to date what is not given: model, corpus, and the pool unless ids or a corpus are."""
     needed = {"fetch_model": asked.model, "fetch_corpus": corpus, "sample_pool": asked.ids or corpus}
-    for step in (step for step, given in needed.items() if given is None):
-        bring_up_to_date(step, get_run_logger(), _WAIT_SECONDS)
+    bring(step for step, given in needed.items() if given is None)
     files = paths("fetch_model")[1] | paths("fetch_corpus")[1] | paths("sample_pool")[1]
     given = {"model": asked.model, "corpus": corpus}
     return files | {name: path for name, path in given.items() if path is not None}

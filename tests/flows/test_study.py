@@ -25,6 +25,8 @@ def ran(study, home, *options):
         ("gamma_sweep", "--gammas=1,x", "error: --gammas: expected numbers between 0 and 1000"),
         ("alignment", "--round-to=1,0", "error: --round-to: expected whole numbers above 0 such as 1,8,64, got 1,0"),
         ("modules", "--ratios=", "error: --ratios: expected numbers"),
+        ("zero_shot", "--ratios=2", "error: --ratios: expected numbers between 0 and 1"),
+        ("fine_tuning", "--ratio=2", "error: --ratio: expected"),
     ],
 )
 def test_an_option_that_cannot_be_is_one_line(study, option, said, tmp_path):
