@@ -17,6 +17,7 @@ from flows.study import (
     TOKENS,
     Asked,
     IdsOption,
+    JudgeOption,
     ModelOption,
     Outcome,
     Subject,
@@ -102,6 +103,7 @@ def main(
     ratios: Annotated[str | None, typer.Option(help="Pruning ratios, e.g. 0.2,0.4.")] = None,
     methods: Annotated[str | None, typer.Option(help="Methods, e.g. nirvana,fisher,flap; or all.")] = None,
     ids: IdsOption = None,
+    judge: JudgeOption = None,
     model: ModelOption = None,
     tokens: TokensOption = TOKENS,
     compensation_sequences: Annotated[
@@ -115,7 +117,7 @@ def main(
 ) -> None:
     """Compare NIRVANA and its rivals under one protocol."""
     with one_line_errors():
-        asked = Asked.of(ids, model, tokens, threads, quick, compensation_sequences=compensation_sequences)
+        asked = Asked.of(ids, model, tokens, threads, quick, judge, compensation_sequences=compensation_sequences)
         changed: dict[str, Any] = {"seeds": seeds}
         if quick:
             changed |= {"ratios": (0.4,), "methods": ("nirvana", "fisher", "flap")}

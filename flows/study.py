@@ -42,6 +42,8 @@ from tasks.registry import paths
 PICTURES = Path("reports/studies")
 TOKENS, COMPENSATION_SEQUENCES = 4096, 32
 QUICK_TOKENS = 2048
+_FEWEST = 2
+"""Evaluation tokens that are read and not used."""
 _WAIT_SECONDS = 3600
 REFUSED = "Refused"
 """State of a step whose input cannot be; any other error is ours, and shows where it comes from."""
@@ -49,6 +51,10 @@ _INTERRUPTED = "interrupted; run the same command again, finished parts stay"
 
 IdsOption = Annotated[
     Path | None, typer.Option(help="Directory of JSON files of token ids, in place of the pipeline's text.")
+]
+JudgeOption = Annotated[
+    Path | None,
+    typer.Option(help="Token ids (.json) or text (.txt, .jsonl) to judge on, in place of the evaluation split."),
 ]
 ModelOption = Annotated[Path | None, typer.Option(help="Model directory, in place of the pipeline's.")]
 TokensOption = Annotated[int, typer.Option(min=2, help="Evaluation tokens.")]
@@ -67,15 +73,23 @@ class Asked:
     tokens: int = TOKENS
     compensation_sequences: int = COMPENSATION_SEQUENCES
     threads: int | None = None
+    judge: Path | None = None
 
     @classmethod
     def of(
-        cls, ids: Path | None, model: Path | None, tokens: int, threads: int | None, quick: bool = False, **more: Any
+        cls,
+        ids: Path | None,
+        model: Path | None,
+        tokens: int,
+        threads: int | None,
+        quick: bool = False,
+        judge: Path | None = None,
+        **more: Any,
     ) -> "Asked":
         """Resolve the paths against where the user stands; `quick` limits the tokens."""
         tokens = min(tokens, QUICK_TOKENS) if quick else tokens
-        ids, model = (each.resolve() if each else None for each in (ids, model))
-        return cls(ids, model, tokens, threads=threads, **more)
+        ids, model, judge = (each.resolve() if each else None for each in (ids, model, judge))
+        return cls(ids, model, tokens, threads=threads, judge=judge, **more)
 
 
 class Subject(NamedTuple):
@@ -204,11 +218,15 @@ def prepare(asked: Asked) -> dict[str, Path]:
 @task
 def read_texts(asked: Asked, files: dict[str, Path]) -> Any:
     """Read what every method calibrates on and is judged by."""
-    from tasks.studies.texts import texts_of_ids, texts_of_pipeline
+    from tasks.studies.texts import judged_on, texts_of_ids, texts_of_pipeline
 
+    # what another text is judged by says nothing of how much this one has to hold
+    sizes = (_FEWEST if asked.judge else asked.tokens, asked.compensation_sequences)
     if asked.ids:
-        return texts_of_ids(asked.ids, asked.tokens, asked.compensation_sequences)
-    return texts_of_pipeline(load_params(), files["model"], files, asked.tokens, asked.compensation_sequences)
+        texts = texts_of_ids(asked.ids, *sizes)
+    else:
+        texts = texts_of_pipeline(load_params(), files["model"], files, *sizes)
+    return judged_on(texts, asked.judge, files["model"], asked.tokens) if asked.judge else texts
 
 
 @task

@@ -1,6 +1,7 @@
-"""Where a comparison's texts come from: the pipeline's files, or JSON files of token ids."""
+"""Where a comparison's texts come from: the pipeline's files, JSON files of token ids, or text to judge on."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,8 @@ from torch import Tensor
 from nirvana.errors import InputError
 from nirvana.files import read_json
 from nirvana.perplexity import windows_from_documents
-from tasks.documents import read_documents
+from tasks.documents import Document, expand, read_documents, read_files
+from tasks.model_directory import load_tokenizer
 from tasks.sample_pool import Encoder, draw, split_documents
 from tasks.studies.compare import Text, Texts
 from tasks.token_files import read_ids
@@ -68,6 +70,46 @@ def _ids_from(file: Path) -> Tensor:
     if not rows or not whole or len({len(row) for row in rows}) != 1:
         raise InputError(f"{file}: expected a list of equally long lists of token ids, got something else; correct it")
     return torch.tensor(rows, dtype=torch.int64)
+
+
+def judged_on(texts: Texts, path: Path, model: Path, tokens: int) -> Texts:
+    """Return the texts with another one to judge on: what is calibrated and compensated on stays.
+
+    Args:
+        texts: Of the ids or the pipeline.
+        path: A `.json` file of token ids, or text: a file, JSON rows with a column `text`, a directory of such.
+        model: The dense model, whose tokenizer reads text.
+        tokens: Evaluation tokens: of ids rounded down to whole sequences, of text rounded up to windows of `WINDOW`.
+
+    Raises:
+        InputError: If there is no such file, or it holds too little.
+    """
+    if path.suffix == ".json":
+        ids = _ids_from(path)
+        ids = _first(ids, max(1, tokens // ids.shape[1]), "evaluation", path)
+    else:
+        tokenizer = load_tokenizer(model)
+        documents = (document.text for document in read_text(path, "--judge"))
+        ids = windows_from_documents(tokenizer, documents, WINDOW, tokens, tokenizer.bos_token_id is not None)
+    return replace(texts, evaluation=Text(ids))
+
+
+def read_text(path: Path, option: str) -> list[Document]:
+    """Read documents: a text file is one, a row of JSON is one.
+
+    Args:
+        path: A file, or a directory of files of one kind.
+        option: What the path was given for, for errors.
+
+    Raises:
+        InputError: If there are none.
+    """
+    if not path.exists():
+        raise InputError(f"{option}: expected a directory or file of text (.txt, .jsonl), {path} does not exist")
+    try:
+        return [document for document in read_files(expand(path), "text") if document.text.strip()]
+    except InputError as error:
+        raise InputError(f"{option} {path.name}: {error}") from None
 
 
 def texts_of_pipeline(

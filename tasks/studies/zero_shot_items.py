@@ -19,10 +19,11 @@ from typing import Any
 from nirvana.errors import InputError
 from tasks.cloze import cloze_items
 from tasks.continuation import continuation_items
-from tasks.documents import Document, expand, read_documents, read_files
+from tasks.documents import Document, read_documents
 from tasks.model_directory import load_tokenizer
 from tasks.sample_pool import split_documents
 from tasks.studies.compare import Texts
+from tasks.studies.texts import read_text
 
 Items = Sequence[Mapping[str, Any]]
 LAST_WORD, CONTINUATION = "last word", "continuation"
@@ -68,22 +69,8 @@ def item_sets(model_directory: Path, texts: Texts, corpus: Path, count: int, tex
     seen = calibration_runs(load_tokenizer(model_directory), texts)
     sources = {CORPUS: split_documents(read_documents(corpus / "documents.jsonl"))["evaluation"]}
     if text is not None:
-        sources[text.stem if text.stem != CORPUS else OTHER] = read_text(text)
+        sources[text.stem if text.stem != CORPUS else OTHER] = read_text(text, "--text")
     return [each for name, documents in sources.items() for each in _made(name, documents, seen, count)]
-
-
-def read_text(path: Path) -> list[Document]:
-    """Read documents: a text file is one, a row of JSON is one.
-
-    Raises:
-        InputError: If there are none.
-    """
-    if not path.exists():
-        raise InputError(f"--text: expected a directory or file of text (.txt, .jsonl), {path} does not exist")
-    try:
-        return [document for document in read_files(expand(path), "text") if document.text.strip()]
-    except InputError as error:
-        raise InputError(f"--text {path.name}: {error}") from None
 
 
 def calibration_runs(tokenizer: Any, texts: Texts) -> set[str]:

@@ -30,13 +30,14 @@ from nirvana.walk import Stack
 from nirvana.weights import model_digest
 from tasks import sample_pool
 from tasks.documents import Document, read_documents, write_documents
+from tasks.model_directory import load_tokenizer
 from tasks.studies import compare as study
 from tasks.studies import methods as registry
 from tasks.studies.compare import Comparison, Settings, Text, Texts, measure
 from tasks.studies.leaderboard import Line, leaderboard, series, shown, verdict, write_leaderboard
 from tasks.studies.leaderboard_plot import apart, draw
 from tasks.studies.methods import METHODS, SHORTGPT, SLICEGPT, allocate_for
-from tasks.studies.texts import texts_of_ids, texts_of_pipeline
+from tasks.studies.texts import judged_on, texts_of_ids, texts_of_pipeline
 
 RATIO = 0.4
 
@@ -337,6 +338,23 @@ def test_texts_of_the_pipeline(model_directory, tmp_path):
     assert len(owners) == 5
     allowed = {document.id for document in splits["calibration"]}
     assert all(allowed & set(each) for each in owners)
+
+
+def test_another_text_to_judge_on(model_directory, tmp_path):
+    texts = texts_of_ids(written_ids(tmp_path))
+    write_json(tmp_path / "other.json", random_ids(6, 16, 9).tolist())
+    found = judged_on(texts, tmp_path / "other.json", model_directory, tokens=40)
+    assert torch.equal(found.evaluation.ids, random_ids(6, 16, 9)[:2])
+    assert all(getattr(found, name) is getattr(texts, name) for name in ("calibration", "compensation", "heldout"))
+    speech = next(tiny_corpus(tmp_path / "speeches").iterdir())
+    found = judged_on(texts, speech, model_directory, tokens=200)
+    assert found.evaluation.ids.shape == (2, 128) and found.compensation is texts.compensation
+    tokenizer = load_tokenizer(model_directory)
+    assert tokenizer.decode(found.evaluation.ids[0], skip_special_tokens=True)[:40] in speech.read_text()
+    with pytest.raises(InputError, match=r"--judge: .*none.txt does not exist"):
+        judged_on(texts, tmp_path / "none.txt", model_directory, tokens=200)
+    with pytest.raises(InputError, match=r"expected 7 sequences of 16 tokens for evaluation, got 6"):
+        judged_on(texts, tmp_path / "other.json", model_directory, tokens=7 * 16)
 
 
 # --- the leaderboard ------------------------------------------------------------------------------------------

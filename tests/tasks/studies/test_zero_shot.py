@@ -27,8 +27,9 @@ from tasks.sample_pool import split_documents
 from tasks.studies import zero_shot as study
 from tasks.studies.compare import DENSE, Text, Texts
 from tasks.studies.items import score_items
+from tasks.studies.texts import read_text
 from tasks.studies.zero_shot import Settings, ZeroShot, measure
-from tasks.studies.zero_shot_items import CONTINUATION, CORPUS, LAST_WORD, OTHER, ItemSet, item_sets, read_text
+from tasks.studies.zero_shot_items import CONTINUATION, CORPUS, LAST_WORD, OTHER, ItemSet, item_sets
 from tasks.studies.zero_shot_plot import draw
 from tasks.studies.zero_shot_summary import (
     ALL,
@@ -193,7 +194,7 @@ def test_text_files_are_documents(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, text in (("b", "two"), ("a", "one"), ("c", " ")):
         (tmp_path / f"{name}.txt").write_text(text)
-    assert read_text(tmp_path) == [Document("a", "one"), Document("b", "two")]
+    assert read_text(tmp_path, "--text") == [Document("a", "one"), Document("b", "two")]
 
 
 # --- answers --------------------------------------------------------------------------------------------------
