@@ -123,10 +123,10 @@ def test_items_are_of_evaluation_documents_and_none_is_calibrated_on(model_direc
     seen = [speeches["d1"], speeches["d4"]]
     sets = item_sets(model_directory, texts_of(*seen), corpus, 30, file)
     assert [(each.text, each.kind, len(each.items)) for each in sets] == [
-        (CORPUS, LAST_WORD, 12),
-        (CORPUS, CONTINUATION, 18),
-        ("other", LAST_WORD, 12),
-        ("other", CONTINUATION, 18),
+        (CORPUS, LAST_WORD, 18),
+        (CORPUS, CONTINUATION, 12),
+        ("other", LAST_WORD, 18),
+        ("other", CONTINUATION, 12),
     ]
     rows = map(json.loads, (corpus / "documents.jsonl").read_text().splitlines())
     splits = split_documents([Document(row["id"], row["text"]) for row in rows])
