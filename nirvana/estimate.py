@@ -112,8 +112,8 @@ class _Steps:
         work, sizes = self.work, self.sizes
         tokens = work.pool_size * work.sequences * work.sequence_length
         if work.saliency == "fisher":
-            # forward, forward again, and back to each layer's input alone; logits twice, then the head's rows
-            operations = tokens * ((2 + work.draws) * self.body + 3 * work.draws * self.head)
+            # forward, forward again, and back to each layer's input alone; for all draws logits twice, the head's rows
+            operations = tokens * ((2 + work.draws) * self.body + 3 * self.head)
             disk = 8 * work.pool_size * sizes.layers * sizes.neurons
             for execution in _EXECUTIONS:
                 peak = self.workers * fisher_bytes(sizes, work, execution, self.on_cpu)

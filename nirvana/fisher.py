@@ -28,8 +28,8 @@ from nirvana.walk import Hidden, Ids, Stack, as_streams, microbatches, part_of, 
 
 VOCAB_CHUNK = 4096
 """Head rows at a time."""
-DRAWS = 2
-"""Label sequences drawn a calibration sequence; each is one more backward pass."""
+DRAWS = 4
+"""Label sequences drawn a calibration sequence; each is one more backward pass through the layers."""
 Masks = Literal["tokens", "sequences"]
 """What has a mask of its own."""
 
@@ -76,7 +76,7 @@ def mask_fisher(
             parts = walk_forward(stack, parts, layer, weights)
             on_layer(layer)
     upstream = [
-        [_label_gradient(stack, part, range(each.start, each.stop), seed, draw) for draw in range(draws)]
+        _label_gradients(stack, part, range(each.start, each.stop), seed, draws)
         for part, each in zip(parts, rows, strict=True)
     ]
     del parts
@@ -134,35 +134,40 @@ def _layer_squares(
     return squares
 
 
-def _label_gradient(stack: Stack, streams: Streams, sequences: range, seed: int, draw: int) -> _Gradients:
-    """Return ∂ℓ/∂streams for labels drawn from the model's distribution at every position."""
+def _label_gradients(stack: Stack, streams: Streams, sequences: range, seed: int, draws: int) -> list[_Gradients]:
+    """Return ∂ℓ/∂streams, a draw each, for labels drawn from the model's distribution at every position."""
     leaf = streams[-1].detach().requires_grad_()
     with torch.enable_grad():
         normalised = stack.head_input((*streams[:-1], leaf))
-    uniforms = torch.stack(
-        [
-            torch.rand(leaf.shape[1], generator=torch.Generator().manual_seed((seed * 1009 + draw) * 1_000_003 + index))
-            for index in sequences
-        ]
-    )
-    gradient = sampled_label_gradient(
+    uniforms = torch.stack([label_uniforms(leaf.shape[1], seed, index, draws) for index in sequences], dim=1)
+    gradients = sampled_label_gradients(
         normalised.detach(), stack.head_weight(), uniforms.to(leaf.device), stack.architecture.logit_softcap
     )
-    (at_hidden,) = torch.autograd.grad(normalised, leaf, gradient)
-    return (*(None,) * (len(streams) - 1), at_hidden)
+    at_hidden = [torch.autograd.grad(normalised, leaf, each, retain_graph=True)[0] for each in gradients]
+    return [(*(None,) * (len(streams) - 1), each) for each in at_hidden]
+
+
+def label_uniforms(positions: int, seed: int, sequence: int, draws: int) -> Float[Tensor, "draws tokens"]:
+    """Return the numbers in [0, 1) that draw a sequence's labels: at each position, evenly spaced over the draws.
+
+    Each is uniform by itself; together they draw a likely label about as often as it is likely.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + sequence)
+    first = torch.rand(positions, generator=generator, dtype=torch.float64)
+    return (first + torch.arange(draws, dtype=torch.float64)[:, None] / draws) % 1
 
 
 @torch.no_grad()
-def sampled_label_gradient(
+def sampled_label_gradients(
     normalised: Hidden,
     head: Float[Tensor, "vocab hidden"],
-    uniforms: Float[Tensor, "batch tokens"],
+    uniforms: Float[Tensor, "draws batch tokens"],
     softcap: float | None = None,
-) -> Hidden:
-    """Return ∂ℓ/∂(what the head reads) where each position's label is drawn from the head's own distribution.
+) -> Float[Tensor, "draws batch tokens hidden"]:
+    """Return ∂ℓ/∂(what the head reads), a draw each, where each position's label is drawn from the head's distribution.
 
-    The logits are made twice, a chunk of the vocabulary at a time: for their normaliser, then for the probabilities.
-    The label is where the cumulative probability passes the position's uniform number.
+    The logits are made twice for all draws, a chunk of the vocabulary at a time: for their normaliser, then for the
+    probabilities. The label is where the cumulative probability passes the position's uniform number.
     """
 
     def logits_and_rows(start: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,27 +175,31 @@ def sampled_label_gradient(
         logits = hidden @ rows.T
         return (logits if softcap is None else softcap * torch.tanh(logits / softcap)), rows
 
-    gradient = torch.empty_like(normalised)
+    def capped(slope: Tensor, logits: Tensor) -> Tensor:
+        return slope if softcap is None else slope * (1 - (logits / softcap) ** 2)
+
+    gradients = normalised.new_empty(len(uniforms), *normalised.shape)
     for index, hidden in enumerate(normalised):
         starts = range(0, head.shape[0], VOCAB_CHUNK)
         parts = [torch.logsumexp(logits_and_rows(start, hidden)[0].double(), dim=1) for start in starts]
         normaliser = torch.logsumexp(torch.stack(parts), dim=0)
         below = torch.zeros_like(normaliser)
         # the last label must be reachable although the probabilities add up to 1 only nearly
-        target = uniforms[index].double().clamp(max=1 - 1e-9)
-        total = torch.zeros_like(hidden)
+        targets = uniforms[:, index].double().clamp(max=1 - 1e-9)
+        expected, labels = torch.zeros_like(hidden), torch.zeros_like(gradients[:, index])
         for start in starts:
             logits, rows = logits_and_rows(start, hidden)
             probabilities = torch.exp(logits.double() - normaliser[:, None])
             cumulative = below[:, None] + probabilities.cumsum(dim=1)
             last = start + VOCAB_CHUNK >= head.shape[0]
-            here = (below <= target) & ((cumulative[:, -1] > target) | last)
-            label = (cumulative <= target[:, None]).sum(dim=1).clamp(max=rows.shape[0] - 1)
-            slope = probabilities.float()
-            slope[here.nonzero().squeeze(1), label[here]] -= 1
-            if softcap is not None:
-                slope *= 1 - (logits / softcap) ** 2
-            total += slope @ rows
+            for target, at_label in zip(targets, labels, strict=True):
+                here = ((below <= target) & ((cumulative[:, -1] > target) | last)).nonzero().squeeze(1)
+                passed = torch.searchsorted(cumulative[here], target[here, None], right=True).squeeze(1)
+                label = passed.clamp(max=len(rows) - 1)
+                at_label[here] = (
+                    capped(torch.ones_like(here, dtype=torch.float32), logits[here, label])[:, None] * rows[label]
+                )
+            expected += capped(probabilities.float(), logits) @ rows
             below = cumulative[:, -1]
-        gradient[index] = total
-    return gradient
+        gradients[:, index] = expected - labels
+    return gradients

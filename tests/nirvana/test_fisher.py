@@ -7,7 +7,7 @@ from tiny import all_families, ids_for, logits_of, random_ids, save_family
 
 from nirvana.divergence import dense_hidden_states, kl_divergence
 from nirvana.errors import InputError
-from nirvana.fisher import mask_fisher, sampled_label_gradient
+from nirvana.fisher import label_uniforms, mask_fisher, sampled_label_gradients
 from nirvana.loading import load_model
 from nirvana.projections import output_projections
 from nirvana.walk import Stack
@@ -15,10 +15,9 @@ from nirvana.walk import Stack
 WITH_PROJECTIONS = [name for name in all_families() if name != "qwen3_moe"]
 
 
-def uniforms(sequences, positions, seed, draw):
-    """The numbers that mask_fisher draws labels with."""
-    generators = [torch.Generator().manual_seed((seed * 1009 + draw) * 1_000_003 + n) for n in range(sequences)]
-    return torch.stack([torch.rand(positions, generator=generator) for generator in generators])
+def sampled_label_gradient(hidden, head, uniforms, softcap=None):
+    (gradient,) = sampled_label_gradients(hidden, head, uniforms[None], softcap)
+    return gradient
 
 
 def test_label_gradient_by_hand():
@@ -52,6 +51,28 @@ def test_labels_follow_the_distribution():
         assert ((labels - share).abs() < 1e-4).float().mean() == pytest.approx(share, abs=0.03)
 
 
+def test_numbers_of_the_draws():
+    """Each in [0, 1) and uniform; those of a position evenly spaced; a sequence's own whatever else is asked for."""
+    found = label_uniforms(4000, 7, 3, 4)
+    assert found.shape == (4, 4000) and found.min() >= 0 and found.max() < 1
+    torch.testing.assert_close(found.sort(dim=0).values.diff(dim=0), torch.full((3, 4000), 0.25, dtype=torch.float64))
+    for draw in found:
+        assert torch.histc(draw, 4, 0, 1).tolist() == pytest.approx([1000] * 4, abs=120)
+    assert torch.equal(found[0], label_uniforms(4000, 7, 3, 1)[0])
+    assert not torch.equal(found[0], label_uniforms(4000, 7, 4, 1)[0])
+    assert not torch.equal(found[0], label_uniforms(4000, 8, 3, 1)[0])
+
+
+def test_draws_together_have_labels_as_often_as_they_are_likely():
+    """P = (1/4, 3/4), four draws: the first label exactly once at every position."""
+    head = torch.tensor([[1.0], [3.0]]).log()
+    numbers = label_uniforms(50, 0, 0, 4)[:, None]
+    gradients = sampled_label_gradients(torch.ones(1, 50, 1), head, numbers)
+    torch.testing.assert_close(gradients.mean(dim=0), torch.zeros(1, 50, 1))
+    is_first = (gradients - 0.75 * np.log(3)).abs() < 1e-5  # P·z − z₁, of z = (0, ln 3)
+    assert is_first.sum(dim=0).eq(1).all()
+
+
 def naive_fisher(path, ids, draws, seed, kind):
     """Masks as parameters, multiplied in by hooks; labels by the cumulative distribution of full logits."""
     model, stack = load_model(path), Stack.open(path)
@@ -70,16 +91,17 @@ def naive_fisher(path, ids, draws, seed, kind):
         module = model.get_submodule(projection.name.removesuffix(".weight"))
         module.register_forward_pre_hook(mask(projection.site.name, projection.site.units))
     total = {p.site.name: torch.zeros(p.site.units) for p in projections}
-    for draw in range(draws):
+    sequences, positions = (ids[-1] if isinstance(ids, tuple) else ids).shape
+    uniforms = [label_uniforms(positions, seed, sequence, draws) for sequence in range(sequences)]
+    for numbers in torch.stack(uniforms, dim=1):
         logits = logits_of(model, ids)
         probabilities = logits.detach().double().softmax(dim=-1)
-        numbers = uniforms(*logits.shape[:2], seed, draw).double()
         labels = (probabilities.cumsum(dim=-1) <= numbers[..., None]).sum(dim=-1)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
         loss.backward()
         for name, values in masks.items():
             total[name] += values.grad.square().sum(dim=(0, 1))
-    return {name: values / (2 * draws * logits.shape[0] * logits.shape[1]) for name, values in total.items()}
+    return {name: values / (2 * draws * sequences * positions) for name, values in total.items()}
 
 
 @pytest.mark.parametrize("masks", ["tokens", "sequences"])
