@@ -32,7 +32,7 @@ from nirvana.slicing import Slicer
 from nirvana.walk import Ids, Stack, as_streams, microbatches, part_of
 
 RIDGE = 0.3
-"""λ relative to the mean diagonal of the Gram matrix; chosen on held-out text (docs/results.md)."""
+"""λ relative to the mean diagonal of the Gram matrix (docs/results.md)."""
 _FOR_THE_GAIN = 8
 """Every n-th microbatch is kept for the last norm's gain, where there are that many."""
 

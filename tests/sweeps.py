@@ -14,9 +14,9 @@ def tiny_comparison(model_directory):
 @contextmanager
 def counted(monkeypatch):
     """Count the models that are judged while this lasts."""
-    judged, original = [], Comparison._judged
+    judged, original = [], Comparison.judged_by
     with monkeypatch.context() as patched:
-        patched.setattr(Comparison, "_judged", lambda self, of: judged.append(1) or original(self, of))
+        patched.setattr(Comparison, "judged_by", lambda self, of: judged.append(1) or original(self, of))
         yield judged
 
 

@@ -13,7 +13,7 @@ not fit). (2) The variance is that of all positions; the code's running one leav
 about a moving mean. (3) The list is cut where the weights removed meet the ratio, and every layer keeps a KV group
 and a block of neurons; the code weighs a head as 512/3 neurons, LLaMA-7B's figure, and may empty a layer. (4) Scores
 are multiplied by the unit's weights, for the ranking `joint` divides by them and FLAP ranks the standardised score
-itself.
+itself. (5) The calibration text is what the caller gives; the code's default is 2,048 sequences of 128 tokens.
 """
 
 from collections.abc import Mapping

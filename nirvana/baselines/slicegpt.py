@@ -26,7 +26,8 @@ of 8, which by the count above leaves a small model larger than asked for. (2) T
 embedding away, which is right for LayerNorm models and changes an RMSNorm model before anything is sliced; not done
 here. (3) The norms' own epsilon, not 1e-5. (4) The last rotation is undone: it is folded into the last layer and the
 head in the code, so that the function is the same, and the dense head reads what leaves here. (5) Computed as the
-layers are walked over; no checkpoint exists.
+layers are walked over; no checkpoint exists. (6) The calibration text is what the caller gives; the code's default is
+128 sequences of 2,048 tokens.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

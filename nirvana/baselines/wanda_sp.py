@@ -11,7 +11,8 @@ judged by what the pruned layers give it; a score would then belong to one ratio
 perplexity 74.8 and 850 at ratio 0.2 and 0.4, the code's way 78.0 and 905 (first 2,048 reference tokens of
 WikiText-2). (2) The unit of attention is the KV group, for the code knows no grouped queries. (3) The number of KV
 groups is rounded down, as there, but neurons make up for the rest; the code misses the budget
-(`nirvana.baselines.same_share`).
+(`nirvana.baselines.same_share`). (4) The calibration text is what the caller gives; the code's default is 2,048
+sequences of 128 tokens.
 """
 
 import torch

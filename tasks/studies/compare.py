@@ -1,7 +1,8 @@
 """NIRVANA and its rivals under one protocol: the same calibration text, budget and judge for all.
 
 A row is one method at one ratio, its output projections as they were, with FLAP's bias, or solved for by least squares.
-Whatever makes up for lost units may be given to every method; what it is fitted on is the same text for all.
+Whatever makes up for lost units may be given to every method; what it is fitted on is the same text for all, and
+SliceGPT's rotations, which are fitted too, have that text.
 
 Everything is judged by walking over the dense model's layers: no checkpoint is written, but for ShortGPT's. What counts
 as SliceGPT's size, the row's `size` says.
@@ -81,7 +82,7 @@ class Texts:
     calibration: Text
     """Every method scores on it."""
     compensation: Text
-    """Every compensation is fitted on it."""
+    """Every compensation, and SliceGPT, is fitted on it."""
     heldout: Text
     """KL(dense‖pruned) is taken on it."""
     evaluation: Text
@@ -185,7 +186,7 @@ class Comparison:
 
     def dense(self) -> Row:
         """Return the row of the model that is not pruned."""
-        return cached(self._key(DENSE, 0.0, "none", 0, {}), self._dense_row)
+        return cached(self.key(DENSE, 0.0, "none", 0, {}), self._dense_row)
 
     def row(
         self,
@@ -222,20 +223,21 @@ class Comparison:
                     f"{name}: expected compensation none, for no units leave that others could replace; got another"
                 )
             compute = self._shortgpt_row if name == SHORTGPT else self._slicegpt_row
-            return cached(self._key(name, ratio, "none", 0, {}), lambda: compute(ratio))
+            return cached(self.key(name, ratio, "none", 0, {}), lambda: compute(ratio))
         method = _method(name)
         how = {key: value for key, value in asdict(method).items() if key not in ("scorer", "source")}
         how |= {"rule": rule, "round_to": round_to or self.round_to}
-        key = self._key(method.name, ratio, compensation, seed if method.name in SEEDED else 0, how)
+        key = self.key(method.name, ratio, compensation, seed if method.name in SEEDED else 0, how)
         return cached(key, lambda: self._pruned_row(method, ratio, compensation, seed, rule, round_to))
 
-    def _key(
+    def key(
         self, name: str, ratio: float, compensation: Compensation, seed: int, how: Mapping[str, Any]
     ) -> dict[str, Any]:
+        """Return what a row depends on, for `tasks.studies.store.cached`."""
         texts = {each: getattr(self.texts, each).digest for each in ("calibration", "heldout", "evaluation")}
-        if compensation != "none":
+        if compensation != "none" or name == SLICEGPT:
             texts["compensation"] = self.texts.compensation.digest
-        if name == DENSE:
+        if name in (DENSE, SLICEGPT):
             del texts["calibration"]
         key: dict[str, Any] = {"study": FOLDER, "kind": "row", "model": self.model, "method": name, "how": dict(how)}
         key |= {"ratio": ratio, "compensation": compensation, "seed": seed, "texts": texts}
@@ -244,7 +246,7 @@ class Comparison:
     def _dense_row(self) -> Row:
         shapes = self.stack.architecture.parameter_shapes
         size = {"achieved_ratio": 0.0, "parameters": _count(shapes.values())}
-        return _named(DENSE, 0.0, "none", 0) | size | self._judged(lambda ids: dense_hidden_states(self.stack, ids))
+        return _named(DENSE, 0.0, "none", 0) | size | self.judged_by(lambda ids: dense_hidden_states(self.stack, ids))
 
     def _shortgpt_row(self, ratio: float) -> Row:
         start = time.monotonic()
@@ -254,17 +256,17 @@ class Comparison:
             short = Stack.open(target)
             size = {"achieved_ratio": achieved, "parameters": _count(short.architecture.parameter_shapes.values())}
             seconds = {"saliency_seconds": time.monotonic() - start}
-            judged = self._judged(lambda ids: dense_hidden_states(short, ids))
+            judged = self.judged_by(lambda ids: dense_hidden_states(short, ids))
         return _named(SHORTGPT, ratio, "none", 0) | size | judged | seconds
 
     def _slicegpt_row(self, ratio: float) -> Row:
         start, architecture = time.monotonic(), self.stack.architecture
         dimension = dimension_for(architecture, ratio)
-        model = slicegpt(self.stack, self.texts.calibration.ids, dimension)
+        model = slicegpt(self.stack, self.texts.compensation.ids, dimension)
         sized = sliced_size(architecture, dimension)
         size = {"achieved_ratio": sized.achieved_ratio, "parameters": sized.parameters, "size": sized.statement}
         seconds = {"saliency_seconds": time.monotonic() - start}
-        judged = self._judged(lambda ids: slicegpt_hidden_states(self.stack, model, ids))
+        judged = self.judged_by(lambda ids: slicegpt_hidden_states(self.stack, model, ids))
         return _named(SLICEGPT, ratio, "none", 0) | size | judged | seconds
 
     def _pruned_row(
@@ -278,7 +280,7 @@ class Comparison:
         """Return what a row says of a pruned model, whoever chose its units; not remembered: who asks does that."""
         sites = self.stack.architecture.sites()
         start = time.monotonic()
-        updates = self._updates(keep, compensation)
+        updates = self.updates(keep, compensation)
         solved = time.monotonic() - start
         slicer, shapes = Slicer(sites, keep), self.stack.architecture.parameter_shapes
         extra = [tuple(value.shape) for name, value in updates.items() if name not in shapes]
@@ -288,7 +290,7 @@ class Comparison:
             "achieved_by_module": achieved,
             "parameters": _count([*(slicer.shape(each, shape) for each, shape in shapes.items()), *extra]),
         }
-        judged = self._judged(lambda ids: pruned_hidden_states(self.stack, keep, ids, updates))
+        judged = self.judged_by(lambda ids: pruned_hidden_states(self.stack, keep, ids, updates))
         return size | judged | {"compensation_seconds": solved}
 
     def keep(
@@ -312,7 +314,8 @@ class Comparison:
 
     # --- what makes up for lost units, and what is left to lose --------------------------------------------------
 
-    def _updates(self, keep: Keep, compensation: Compensation) -> dict[str, Tensor]:
+    def updates(self, keep: Keep, compensation: Compensation) -> dict[str, Tensor]:
+        """Return the parameters that a compensation changes or adds."""
         if compensation == "least_squares":
             return dict(compensate(self.stack, keep, self.texts.compensation.ids, self.ridge))
         if compensation == "bias":
@@ -320,7 +323,8 @@ class Comparison:
             return bias_compensation(self.stack, keep, self._statistics)
         return {}
 
-    def _judged(self, hidden_of: HiddenOf) -> Row:
+    def judged_by(self, hidden_of: HiddenOf) -> Row:
+        """Return what is lost on the held-out and the evaluation text, by what the head would read."""
         start = time.monotonic()
         head, softcap = self.stack.head_weight(), self.stack.architecture.logit_softcap
         heldout, evaluation = self.texts.heldout.ids, self.texts.evaluation.ids

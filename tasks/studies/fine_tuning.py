@@ -167,7 +167,7 @@ class FineTuning(Comparison):
         """
         method = {} if name == SHORTGPT else asdict(method_named(name))
         how = {key: value for key, value in method.items() if key not in ("scorer", "source")}
-        key = self._key(name, ratio, compensation, 0, how | {"round_to": self.round_to})
+        key = self.key(name, ratio, compensation, 0, how | {"round_to": self.round_to})
         key |= {"study": STUDY, "kind": "fine-tuned", "recipe": asdict(self.recipe)}
         key |= {"training": self.training.digest, "device": self.device.type}
         states = STUDIES / STUDY / f"{study_key(key, self._tuned)}.states"

@@ -88,14 +88,14 @@ class Quantised(Comparison):
         method = {} if name == DENSE else asdict(method_named(name))
         how = {key: value for key, value in method.items() if key not in ("scorer", "source")}
         how |= {"round_to": self.round_to, "precision": asdict(PRECISIONS[precision]) if precision != STORED else None}
-        key = self._key(name, ratio, compensation, 0, how) | {"study": STUDY}
+        key = self.key(name, ratio, compensation, 0, how) | {"study": STUDY}
         return cached(key, lambda: self._cell(name, ratio, compensation, precision))
 
     def _cell(self, name: str, ratio: float, compensation: Compensation, precision: str) -> Row:
         keep, updates = self._pruned((name, ratio, compensation))
         rounding = PRECISIONS.get(precision)
         sites = self.stack.architecture.sites()
-        judged = self._judged(lambda ids: quantised_hidden_states(self.stack, keep, ids, updates, rounding))
+        judged = self.judged_by(lambda ids: quantised_hidden_states(self.stack, keep, ids, updates, rounding))
         slicer, shapes = Slicer(sites, keep), self.stack.architecture.parameter_shapes
         sizes = {each: slicer.shape(each, shape) for each, shape in shapes.items()}
         return {

@@ -54,10 +54,24 @@ def study_key(key_parts: Mapping[str, Any], compute: Callable[..., Any]) -> str:
     return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
 
 
+def digests_of_sources(root: Path) -> dict[str, str]:
+    """Return the SHA-256 of every module of ours."""
+    files = (file for package in ("nirvana", "tasks") for file in (root / package).rglob("*.py"))
+    return {file.relative_to(root).as_posix(): _digest_of(file) for file in files}
+
+
+def _digest_of(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+_AT_START = digests_of_sources(_ROOT)
+"""Taken when this module is imported: what is edited while a study runs computes nothing in it."""
+
+
 @functools.cache
 def source_digest(module: Path) -> str:
-    """Digest a module and what it imports of ours, as they were when this process first asked."""
+    """Digest a module and what it imports of ours, as they were when this process began."""
     digest = hashlib.sha256()
     for name in code_files(module.resolve().relative_to(_ROOT), _ROOT):
-        digest.update(name.encode() + b"\0" + (_ROOT / name).read_bytes())
+        digest.update(f"{name}\0{_AT_START.get(name) or _digest_of(_ROOT / name)}".encode())
     return digest.hexdigest()

@@ -41,10 +41,11 @@ class Settings:
 
     ways: tuple[tuple[str, Compensation], ...] = (
         ("nirvana", "none"),
+        ("nirvana", "least_squares"),
         ("fisher", "none"),
         BEST,  # type: ignore[assignment]
         ("llm_pruner", "none"),
-        ("flap", "none"),
+        ("llm_pruner", "least_squares"),
         ("flap", "bias"),
     )
     """Method and compensation."""
@@ -126,7 +127,7 @@ class ZeroShot(Comparison):
         name, ratio, compensation = model
         method = {} if name == DENSE else asdict(method_named(name)) | {"round_to": self.round_to}
         how = {key: value for key, value in method.items() if key not in ("scorer", "source")}
-        key = self._key(name, ratio, compensation, 0, how)
+        key = self.key(name, ratio, compensation, 0, how)
         # the other two are not read here
         texts = {each: text for each, text in key["texts"].items() if each in ("calibration", "compensation")}
         key |= {"study": STUDY, "kind": "answers", "texts": texts, "items": digest}
@@ -156,7 +157,7 @@ class ZeroShot(Comparison):
         if self._made is None or self._made[0] != model:
             name, ratio, compensation = model
             keep: Keep = {} if name == DENSE else self.keep(name, ratio)[0]
-            self._made = model, keep, self._updates(keep, compensation)
+            self._made = model, keep, self.updates(keep, compensation)
         return self._made[1], self._made[2]
 
 

@@ -33,6 +33,7 @@ from tasks.documents import Document, read_documents, write_documents
 from tasks.model_directory import load_tokenizer
 from tasks.studies import compare as study
 from tasks.studies import methods as registry
+from tasks.studies import store
 from tasks.studies.compare import Comparison, Settings, Text, Texts, measure
 from tasks.studies.leaderboard import Line, leaderboard, series, shown, verdict, write_leaderboard
 from tasks.studies.leaderboard_plot import apart, draw
@@ -158,7 +159,7 @@ def test_slicegpt_is_judged_as_it_is_computed(comparison, model_directory):
         "parameters": size.parameters,
         "size": size.statement,
     }
-    model = slicegpt(stack, given.calibration.ids, size.dimension)
+    model = slicegpt(stack, given.compensation.ids, size.dimension)
     logits = slicegpt_hidden_states(stack, model, given.evaluation.ids)[:, :-1] @ stack.head_weight().T
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), given.evaluation.ids[:, 1:], reduction="none")
     assert row["losses"] == pytest.approx(losses.mean(dim=1).tolist(), rel=1e-5)
@@ -243,7 +244,7 @@ def test_seeds_count_for_what_is_drawn(comparison):
 
 def test_a_killed_study_goes_on_where_it_was(comparison, monkeypatch):
     settings = Settings(("random", SHORTGPT), (0.3, 0.5), ("none", "bias"))
-    judged, original = [], Comparison._judged
+    judged, original = [], Comparison.judged_by
 
     def dies_at_the_third(self, hidden_of):
         if len(judged) == 2:
@@ -251,11 +252,11 @@ def test_a_killed_study_goes_on_where_it_was(comparison, monkeypatch):
         judged.append(1)
         return original(self, hidden_of)
 
-    monkeypatch.setattr(Comparison, "_judged", dies_at_the_third)
+    monkeypatch.setattr(Comparison, "judged_by", dies_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         measure(comparison, settings)
     judged.clear()
-    monkeypatch.setattr(Comparison, "_judged", lambda self, of: judged.append(1) or original(self, of))
+    monkeypatch.setattr(Comparison, "judged_by", lambda self, of: judged.append(1) or original(self, of))
     again = Comparison(comparison.model_directory, comparison.texts, round_to=1)
     rows = measure(again, settings)
     assert len(rows) == 1 + 4 + 2 and len(judged) == 7 - 2
@@ -482,3 +483,26 @@ def test_quality_says_what_to_give(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="--ids DIRECTORY"):
         quality.main()
+
+
+def test_a_source_that_is_edited_while_a_study_runs_counts_as_it_began(tmp_path, monkeypatch):
+    for package in ("nirvana", "tasks"):
+        (tmp_path / package).mkdir()
+    module, imported = tmp_path / "tasks/study.py", tmp_path / "nirvana/scores.py"
+    module.write_text("from nirvana.scores import score\n")
+    imported.write_text("score = 1\n")
+
+    def started():
+        store.source_digest.cache_clear()
+        monkeypatch.setattr(store, "_AT_START", store.digests_of_sources(tmp_path))
+
+    monkeypatch.setattr(store, "_ROOT", tmp_path)
+    started()
+    first = store.source_digest(module)
+    imported.write_text("score = 2\n")
+    store.source_digest.cache_clear()  # as if it were asked for the first time
+    assert store.source_digest(module) == first
+    started()
+    second = store.source_digest(module)
+    store.source_digest.cache_clear()
+    assert second != first

@@ -87,7 +87,7 @@ def test_a_ratio_out_of_reach_is_said(comparison, tmp_path):
 
 
 def test_what_is_wrong_otherwise_is_not_swallowed(comparison, monkeypatch):
-    monkeypatch.setattr(Comparison, "_judged", lambda *_: (_ for _ in ()).throw(InputError("expected finite losses")))
+    monkeypatch.setattr(Comparison, "judged_by", lambda *_: (_ for _ in ()).throw(InputError("expected finite losses")))
     with pytest.raises(InputError, match="expected finite losses"):
         measure(comparison, Settings((2.0,), (0.2,)))
     assert unless_unreachable({"a": 1}, lambda: {"b": 2}) == {"a": 1, "b": 2}

@@ -189,7 +189,7 @@ def test_other_layouts_are_rounded(family, tmp_path):
 
 
 def test_a_killed_study_goes_on_and_a_second_run_computes_nothing(quantised, model_directory, monkeypatch):
-    calls, solved, original = [], [], Quantised._judged
+    calls, solved, original = [], [], Quantised.judged_by
 
     def dies_at_the_fifth(self, hidden_of):
         if len(calls) == 4:
@@ -197,11 +197,11 @@ def test_a_killed_study_goes_on_and_a_second_run_computes_nothing(quantised, mod
         calls.append(1)
         return original(self, hidden_of)
 
-    monkeypatch.setattr(Quantised, "_judged", dies_at_the_fifth)
+    monkeypatch.setattr(Quantised, "judged_by", dies_at_the_fifth)
     with pytest.raises(KeyboardInterrupt):
         measure(quantised, SETTINGS)
     calls.clear()
-    monkeypatch.setattr(Quantised, "_judged", lambda self, of: calls.append(1) or original(self, of))
+    monkeypatch.setattr(Quantised, "judged_by", lambda self, of: calls.append(1) or original(self, of))
     monkeypatch.setattr(study, "compensate", lambda *given: solved.append(1) or compensate(*given))
     rows = measure(Quantised(model_directory, texts(), round_to=1), SETTINGS)
     assert len(rows) == 5 * 3 and len(calls) == 15 - 4
