@@ -111,7 +111,7 @@ def fine_tuning(asked: Asked, corpus: Path | None, changed: dict[str, Any]) -> O
 
 
 def _notes(asked: Asked, corpus: Path | None, lines: list[Any]) -> list[str]:
-    notes = ["LS  output projections solved for by least squares; FLAP goes without its bias"]
+    notes = [f"LS  output projections solved for by least squares on {asked.compensation_sequences} sequences"]
     source = f"documents of {corpus}" if corpus else "the pipeline's corpus (corpus.source in params.yaml)"
     if asked.ids or corpus:
         notes.append(f"trained on {source}, pruned and judged on other text: a gain has to carry over")
@@ -135,7 +135,7 @@ def _ratio(text: str) -> float:
 
 def main(
     methods: Annotated[
-        str | None, typer.Option(help="Methods, e.g. nirvana,best,flap; best is fisher+least_squares.")
+        str | None, typer.Option(help="Methods, e.g. nirvana,best,flap+bias; best is fisher+least_squares.")
     ] = None,
     ratio: Annotated[str | None, typer.Option(help="Pruning ratio, 0.4 by default.")] = None,
     training_tokens: Annotated[

@@ -3,12 +3,12 @@
 Each model is written as a checkpoint, low-rank adapters are trained on the text's own likelihood (nothing is distilled:
 the dense model would teach what methods differ in), merged, and judged window by window as before.
 
-A checkpoint has no place for a bias that the family does not know, so FLAP goes without its own.
+FLAP's bias is a parameter that Llama's configuration can have; other families' checkpoints have no place for it.
 """
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,24 +17,36 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from tqdm import tqdm
 
 from nirvana.adapter import merge
+from nirvana.architectures.registry import describe
 from nirvana.baselines.shortgpt import write_shortgpt
 from nirvana.compensation import RIDGE
 from nirvana.divergence import dense_hidden_states
 from nirvana.errors import InputError
-from nirvana.files import scratch_directory
+from nirvana.files import atomic_directory, read_json, scratch_directory, write_json
 from nirvana.plan import Compensation as PlannedCompensation
 from nirvana.plan import Plan
 from nirvana.recovery import Recipe, recover
 from nirvana.surgery import prune
 from nirvana.walk import Stack
-from nirvana.weights import model_digest
+from nirvana.weights import WeightFiles, model_digest
 from tasks.documents import read_documents
 from tasks.recovery_text import training_text
 from tasks.sample_pool import Encoder, split_documents
-from tasks.studies.compare import BEST, ROUND_TO, Comparison, Compensation, Row, Text, Texts, window_losses
+from tasks.studies.compare import (
+    BEST,
+    COMPENSATIONS,
+    ROUND_TO,
+    Comparison,
+    Compensation,
+    Row,
+    Text,
+    Texts,
+    window_losses,
+)
 from tasks.studies.methods import SHORTGPT, method_named
 from tasks.studies.store import STUDIES, cached, study_key
 
@@ -43,7 +55,7 @@ if TYPE_CHECKING:
 
 STUDY = "fine_tuning"
 TOKENS = 24 * 8 * 128
-"""24 steps of the pipeline's batch: a quarter of an hour to half an hour for five methods on two cores."""
+"""24 steps of the pipeline's batch: half an hour to an hour for seven models on two cores."""
 _POINTS = 8
 """Of a learning curve, after its first; a killed run repeats no more than what lies between two."""
 Way = tuple[str, Compensation]
@@ -54,7 +66,15 @@ Way = tuple[str, Compensation]
 class Settings:
     """Which models are asked for."""
 
-    ways: tuple[Way, ...] = (("nirvana", "none"), BEST, ("flap", "none"), ("llm_pruner", "none"), (SHORTGPT, "none"))  # type: ignore[assignment]
+    ways: tuple[Way, ...] = (
+        ("nirvana", "none"),
+        ("nirvana", "least_squares"),
+        BEST,  # type: ignore[assignment]
+        ("flap", "bias"),
+        ("llm_pruner", "none"),
+        ("llm_pruner", "least_squares"),
+        (SHORTGPT, "none"),
+    )
     ratio: float = 0.4
     tokens: int = TOKENS
     """Tokens that each is trained on."""
@@ -92,11 +112,10 @@ def check(settings: Settings) -> None:
     for name, compensation in settings.ways:
         if name != SHORTGPT:
             method_named(name)
-        allowed = ("none",) if name == SHORTGPT else ("none", "least_squares")
+        allowed = ("none",) if name == SHORTGPT else COMPENSATIONS
         if compensation not in allowed:
             raise InputError(
-                f"{name}: expected compensation {' or '.join(allowed)}, which a checkpoint can hold, got "
-                f"{compensation}; choose one of them"
+                f"{name}: expected compensation {' or '.join(allowed)}, got {compensation}; choose one of them"
             )
     if not 0 < settings.ratio < 1:
         raise InputError(f"ratio: expected a number between 0 and 1, got {settings.ratio:g}; choose e.g. 0.4")
@@ -158,7 +177,7 @@ class FineTuning(Comparison):
         Args:
             name: A method of units, or `shortgpt`.
             ratio: Share of the block weights that leaves.
-            compensation: `none` or `least_squares`.
+            compensation: `none`, `bias` (Llama's configuration only) or `least_squares`.
 
         Returns:
             Names of what was asked for; `achieved_ratio`; `adapter_parameters`; `curve`, the fields of
@@ -215,6 +234,7 @@ class FineTuning(Comparison):
         if name == SHORTGPT:
             return write_shortgpt(self.model_directory, self.stack, self.texts.calibration.ids, ratio, target)
         keep, _ = self.keep(name, ratio)
+        biases = self.updates(keep, compensation) if compensation == "bias" else {}
         planned, ids = None, None
         if compensation == "least_squares":
             text = self.texts.compensation
@@ -229,7 +249,10 @@ class FineTuning(Comparison):
             parameters={"pruning_ratio": ratio, "method": name},
             compensation=planned,
         )
-        prune(self.model_directory, plan, target, calibration=ids)
+        pruned = target.with_name("pruned") if biases else target
+        prune(self.model_directory, plan, pruned, calibration=ids)
+        if biases:
+            write_with_biases(pruned, biases, target)
         return plan.achieved_ratio["total"]
 
     def _losses(self, checkpoint: Path) -> list[float]:
@@ -242,6 +265,31 @@ class FineTuning(Comparison):
                 "fine_tuning: expected finite losses, got NaN or infinity; lower recovery.learning_rate or the ratio"
             )
         return losses
+
+
+def write_with_biases(checkpoint: Path, biases: Mapping[str, Tensor], target: Path) -> None:
+    """Write a checkpoint again with biases on its linear layers: those given, the others zero.
+
+    Raises:
+        InputError: If the family's configuration knows no such biases.
+    """
+    kind = describe(checkpoint).model_type
+    if kind != "llama":
+        raise InputError(
+            f"bias: expected a model of Llama's configuration, which can have biases, got {kind}; choose flap without"
+        )
+    with atomic_directory(target) as temporary:
+        for file in checkpoint.iterdir():
+            if ".safetensors" not in file.name:  # the weights and their index
+                shutil.copy(file, temporary)
+        configuration = temporary / "config.json"
+        write_json(configuration, read_json(configuration) | {"attention_bias": True, "mlp_bias": True})
+        stored = WeightFiles(checkpoint)
+        tensors = {name: stored[name] for name in stored}
+        for name, shape in describe(temporary).parameter_shapes.items():
+            if name.endswith(".bias") and name not in tensors:
+                tensors[name] = biases[name].cpu() if name in biases else torch.zeros(shape)
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def _mean(losses: Sequence[float]) -> float:
 def called(line: Line) -> str:
     """Return what a model is called: `NIRVANA`, `mask Fisher + LS`."""
     name = TITLES.get(line.method, line.method.replace("_", " "))
-    return name if line.compensation == "none" else f"{name} + LS"
+    return name + {"none": "", "bias": " + bias", "least_squares": " + LS"}[line.compensation]
 
 
 def is_reference(line: Line, reference: tuple[str, str]) -> bool:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import random_ids, tiny_corpus, tiny_llama
+from tiny import random_ids, save_family, tiny_corpus, tiny_llama
 from torch import nn
 
 from nirvana import recovery
@@ -38,7 +38,7 @@ RECOVERY = Recovery(
     merge=True,
 )
 RECIPE = recipe_of(RECOVERY, 4 * 2 * 16)
-WAYS = (("nirvana", "none"), ("random", "least_squares"), (SHORTGPT, "none"))
+WAYS = (("nirvana", "none"), ("random", "least_squares"), ("flap", "bias"), (SHORTGPT, "none"))
 SETTINGS = Settings(ways=WAYS, ratio=RATIO)
 
 
@@ -131,8 +131,8 @@ def test_training_lowers_the_loss_on_what_is_trained_on(model_directory, tmp_pat
 
 def test_every_method_reads_the_same_rows_in_the_same_order(tuning, batches):
     measure(tuning, SETTINGS)
-    of_model = [[ids for model, ids in batches if model == number] for number in (1, 2, 3)]
-    assert of_model[0] == of_model[1] == of_model[2] and len(of_model[0]) == RECIPE.steps == 4
+    of_model = [[ids for model, ids in batches if model == number] for number in (1, 2, 3, 4)]
+    assert all(each == of_model[0] for each in of_model) and len(of_model[0]) == RECIPE.steps == 4
     rows = [row for batch in of_model[0] for row in batch]
     text = tuning.training.ids.tolist()
     assert sorted(rows[:5]) == sorted(text)  # each once before any comes again
@@ -145,7 +145,7 @@ def test_a_killed_run_goes_on_and_a_second_run_trains_nothing(tuning, model_dire
     uninterrupted = [
         {key: value for key, value in row.items() if not key.endswith("_step")} for row in measure(tuning, SETTINGS)
     ]
-    assert len(batches) == 3 * 4
+    assert len(batches) == 4 * 4
     for file in tuning_folder().rglob("*"):
         file.unlink()
     batches.clear()
@@ -164,7 +164,7 @@ def test_a_killed_run_goes_on_and_a_second_run_trains_nothing(tuning, model_dire
     batches.clear()
     monkeypatch.setattr(recovery, "learning_rate_at", original)
     rows = measure(made(model_directory), SETTINGS)
-    assert len(batches) == 2 + 4  # the second model's steps 3 and 4, the third's all
+    assert len(batches) == 2 + 4 + 4  # the second model's steps 3 and 4, the others' all
     assert [{key: row[key] for key in kept} for row, kept in zip(rows, uninterrupted, strict=True)] == uninterrupted
     assert not list(tuning_folder().glob("*.states"))
     batches.clear()
@@ -208,13 +208,20 @@ def test_training_text_is_of_the_calibration_split(model_directory, tmp_path):
     assert "\n" not in str(raised.value)
 
 
+def test_a_bias_that_the_family_cannot_have_is_refused(tmp_path):
+    save_family("mistral", tmp_path / "model")
+    with pytest.raises(InputError, match=r"bias: expected a model of Llama's configuration, .* got mistral"):
+        study.write_with_biases(tmp_path / "model", {}, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"ways": (("flop", "none"),)}, "expected some of nirvana, fisher, .*, got 'flop'"),
         ({"ways": (("slicegpt", "none"),)}, "expected some that remove units, got slicegpt"),
-        ({"ways": (("flap", "bias"),)}, "flap: expected compensation none or least_squares, .* got bias"),
-        ({"ways": ((SHORTGPT, "least_squares"),)}, "shortgpt: expected compensation none, which"),
+        ({"ways": (("flap", "mean"),)}, "flap: expected compensation none or bias or least_squares, got mean"),
+        ({"ways": ((SHORTGPT, "least_squares"),)}, "shortgpt: expected compensation none, got least_squares"),
         ({"ratio": 1.5}, "ratio: expected a number between 0 and 1, got 1.5"),
     ],
 )
