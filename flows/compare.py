@@ -24,6 +24,7 @@ from flows.study import (
     ThreadsOption,
     TokensOption,
     as_table,
+    fitted_on,
     numbers,
     one_line_errors,
     record,
@@ -76,7 +77,8 @@ def compare(asked: Asked, changed: dict[str, Any]) -> Outcome:
     files = report(lines)
     run_id = record("compare", asdict(settings) | text_parameters(on.texts), series(lines), files, conclusion)
     title = "Methods by ratio and perplexity; loss in nats a token, with its 95 % interval"
-    notes = ["*  more than 0.5 point off the budget"] if any(line.off_budget for line in lines) else []
+    notes = [fitted_on(on.texts)]
+    notes += ["*  more than 0.5 point off the budget"] if any(line.off_budget for line in lines) else []
     return Outcome([as_table(title, shown(lines, reference), left=(1,))], conclusion, files, run_id, notes)
 
 

@@ -25,6 +25,7 @@ from flows.study import (
     TokensOption,
     as_table,
     bring,
+    fitted_on,
     numbers,
     one_line_errors,
     record,
@@ -107,11 +108,11 @@ def fine_tuning(asked: Asked, corpus: Path | None, changed: dict[str, Any]) -> O
     run_id = record("fine_tuning", parameters, summary.series(lines), files, conclusion)
     title = f"Loss in nats a token before and after {lines[0].tokens:,} tokens of LoRA, with 95 % intervals"
     tables = [as_table(title, summary.table(dense, lines, settings.reference))]
-    return Outcome(tables, conclusion, files, run_id, _notes(asked, corpus, lines))
+    return Outcome(tables, conclusion, files, run_id, _notes(asked, together.texts, corpus, lines))
 
 
-def _notes(asked: Asked, corpus: Path | None, lines: list[Any]) -> list[str]:
-    notes = [f"LS  output projections solved for by least squares on {asked.compensation_sequences} sequences"]
+def _notes(asked: Asked, texts: Any, corpus: Path | None, lines: list[Any]) -> list[str]:
+    notes = [f"LS  output projections solved for by least squares; {fitted_on(texts)}"]
     source = f"documents of {corpus}" if corpus else "the pipeline's corpus (corpus.source in params.yaml)"
     if asked.ids or corpus:
         notes.append(f"trained on {source}, pruned and judged on other text: a gain has to carry over")

@@ -266,6 +266,12 @@ def numbers(option: str, text: str, below: float = 1.0) -> tuple[float, ...]:
     return values
 
 
+def fitted_on(texts: Any) -> str:
+    """Return a note of what compensation was fitted on."""
+    sequences, length = texts.compensation.ids.shape
+    return f"compensation was fitted on {sequences} x {length} tokens"
+
+
 def as_table(title: str, rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> Table:
     """Return a table of text: a header, then the rows.
 

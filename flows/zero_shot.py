@@ -23,6 +23,7 @@ from flows.study import (
     ThreadsOption,
     as_table,
     bring,
+    fitted_on,
     numbers,
     one_line_errors,
     record,
@@ -129,7 +130,8 @@ def zero_shot(asked: Asked, judged: Judged, changed: dict[str, Any]) -> Outcome:
     run_id = record("zero_shot", parameters, summary.series(lines), written, conclusion)
     tables = [as_table(title, rows, left=(1,)) for title, rows in summary.tables(lines).items()]
     seconds = [line.seconds_per_item for line in lines if line.kind == summary.ALL]
-    notes = [f"{sum(seconds) / len(seconds):.2f} s an item and model"] if seconds else []
+    notes = [fitted_on(on.texts)]
+    notes += [f"{sum(seconds) / len(seconds):.2f} s an item and model"] if seconds else []
     return Outcome(tables, conclusion, written, run_id, notes)
 
 
