@@ -5,13 +5,15 @@ It runs in a process of its own: llama.cpp ends its process when a file confuses
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import traceback
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,9 +126,8 @@ class _Server:
         return choice["logprobs"]["content"][0]["top_logprobs"]
 
 
-def _answer(question: dict[str, Any]) -> dict[str, NDArray[Any]]:
+def _answer(server: _Server, question: dict[str, Any]) -> dict[str, NDArray[Any]]:
     ids, vocab_size = question["ids"], question.get("vocab_size", 0)
-    server = _Server(question["file"], len(ids) + question.get("count", 0) + 8)
     if "text" in question:
         return {"tokens": np.array(server.tokenize(question["text"]), dtype=np.int64)}
     if "count" in question:
@@ -143,6 +144,21 @@ def _answer(question: dict[str, Any]) -> dict[str, NDArray[Any]]:
     return {"log_probabilities": values}
 
 
+def _main() -> NoReturn:
+    """Answer one question and end the process."""
+    question = json.load(sys.stdin)
+    server = _Server(question["file"], len(question["ids"]) + question.get("count", 0) + 8)
+    status = 0
+    try:
+        save_file(_answer(server, question), question["answer"])
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # not by returning: the server's destructor now and then waits for ever for a thread that listens
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    _question = json.load(sys.stdin)
-    save_file(_answer(_question), _question["answer"])
+    _main()
