@@ -7,6 +7,7 @@ run never leaves half an artifact under its final name. What a killed process le
 import glob
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -113,7 +114,7 @@ def read_json(path: Path | str) -> Any:
     """Read a JSON file.
 
     Raises:
-        InputError: If the file is missing, larger than 64 MiB or not JSON.
+        InputError: If the file is missing, larger than 64 MiB or not JSON, which knows neither NaN nor infinity.
     """
     path = Path(path)
     try:
@@ -121,13 +122,20 @@ def read_json(path: Path | str) -> Any:
             content = file.read(_JSON_LIMIT + 1)
         if len(content) > _JSON_LIMIT:
             raise ValueError(f"more than {_JSON_LIMIT >> 20} MiB")
-        return json.loads(content.decode("utf-8"))
+        return json.loads(content.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
     except FileNotFoundError:
         raise InputError(f"{path}: expected a JSON file, found nothing; run the step that writes it") from None
     except OSError as error:
         raise InputError(f"{path}: expected a readable JSON file, got {error.strerror}; check the path") from error
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a number of over 4300 digits
         raise InputError(f"{path}: expected JSON, got something else ({error}); delete it and run again") from None
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
+    return value
 
 
 def sha256_file(path: Path | str) -> str:

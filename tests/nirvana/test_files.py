@@ -59,6 +59,13 @@ def test_json_is_stable_and_refuses_nan(tmp_path):
     assert not (tmp_path / "b.json").exists()
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_json_cannot_hold_are_refused(number, tmp_path):
+    (tmp_path / "a.json").write_text(f'{{"a": [1.5, {number}]}}')
+    with pytest.raises(InputError, match=rf"expected JSON, got something else \({number} is no finite number\)"):
+        read_json(tmp_path / "a.json")
+
+
 def test_missing_and_broken_json_are_one_line(tmp_path):
     with pytest.raises(InputError, match="found nothing"):
         read_json(tmp_path / "none.json")
