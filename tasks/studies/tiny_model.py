@@ -1,7 +1,10 @@
-"""A tiny Llama trained here in a minute, for studies that need many models or all of a model's gradients at once."""
+"""A tiny transformer trained here in minutes, for studies that need many models or all of a model's gradients at once.
+
+It is a Llama unless the recipe names another family: the same sizes, with what sets that family apart.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,8 @@ from tasks.studies.store import study_key
 RECORD = "training.json"
 _TOKENIZER_CHARACTERS = 1_000_000
 """Of text that a vocabulary is learnt from: more changes few of its tokens."""
+_WINDOWS = 4
+"""Of a sequence, where a family attends to a window: each layer sees a quarter."""
 
 Ids = Int[Tensor, "sequences tokens"]
 
@@ -43,6 +48,7 @@ class Recipe:
         steps: Optimiser steps.
         learning_rate: The highest.
         warmup: Steps of the rise.
+        family: One of `FAMILIES`.
     """
 
     vocabulary: int = 512
@@ -57,6 +63,7 @@ class Recipe:
     steps: int = 1000
     learning_rate: float = 8e-3
     warmup: int = 50
+    family: str = "llama"
 
 
 @dataclass(frozen=True)
@@ -157,11 +164,17 @@ def trained_model(text: Text, recipe: Recipe, seed: int, corpus_digest: str, cac
 
 
 def build_model(recipe: Recipe, seed: int) -> Any:
-    """Return a Llama with tied embeddings and random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Return a model of the recipe's family with tied embeddings and random weights.
 
+    Raises:
+        InputError: If there is no such family.
+    """
+    import transformers
+
+    check_families([recipe.family])
+    config_class, model_class, own = FAMILIES[recipe.family]
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = getattr(transformers, config_class)(
         vocab_size=recipe.vocabulary,
         hidden_size=recipe.hidden,
         intermediate_size=recipe.neurons,
@@ -174,8 +187,60 @@ def build_model(recipe: Recipe, seed: int) -> Any:
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=None,
+        **own(recipe),
     )
-    return LlamaForCausalLM(config)
+    return getattr(transformers, model_class)(config)
+
+
+def _mistral(recipe: Recipe) -> dict[str, Any]:
+    return {"sliding_window": recipe.length // _WINDOWS}
+
+
+def _phi3(recipe: Recipe) -> dict[str, Any]:
+    return {"pad_token_id": None, "original_max_position_embeddings": recipe.length, "sliding_window": None}
+
+
+def _gemma3_text(recipe: Recipe) -> dict[str, Any]:
+    kinds = ["sliding_attention", "full_attention"]  # in turns: with six layers Gemma's five to one leaves one full
+    return {
+        "pad_token_id": None,
+        "sliding_window": recipe.length // _WINDOWS,
+        "layer_types": [kinds[layer % 2] for layer in range(recipe.layers)],
+        "query_pre_attn_scalar": recipe.head_dim,
+    }
+
+
+def _nothing(recipe: Recipe) -> dict[str, Any]:
+    return {}
+
+
+FAMILIES: dict[str, tuple[str, str, Callable[[Recipe], dict[str, Any]]]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", _nothing),
+    # q, k and v have biases
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", _nothing),
+    # q and k are normed, head by head
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", _nothing),
+    # each token sees a window
+    "mistral": ("MistralConfig", "MistralForCausalLM", _mistral),
+    # q, k and v are one matrix, gate and up another
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", _phi3),
+    # GELU, norms behind each module too, normed q and k, a window in every other layer
+    "gemma3_text": ("Gemma3TextConfig", "Gemma3ForCausalLM", _gemma3_text),
+}
+"""By `model_type`: the classes in transformers, and what the configuration takes beside the common values."""
+
+
+def check_families(names: Sequence[str]) -> None:
+    """Refuse families that no model can be built of.
+
+    Raises:
+        InputError: If there are some.
+    """
+    unknown = [name for name in names if name not in FAMILIES]
+    if unknown or not names:
+        raise InputError(
+            f"families: expected some of {','.join(FAMILIES)}, got {','.join(unknown) or 'none'}; correct them"
+        )
 
 
 def train(model: Any, text: Text, recipe: Recipe, generator: np.random.Generator) -> list[float]:
