@@ -24,7 +24,7 @@ class Workload:
     heldout_sequences: int = 8
     heldout_length: int = 128
     saliency: Literal["nirvana", "fisher"] = "nirvana"
-    draws: int = 4
+    draws: int = 2
     """Of `fisher`: label sequences a calibration sequence."""
     pruning_ratio: float = 0.2
     compensation_sequences: int = 0

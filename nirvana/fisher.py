@@ -28,7 +28,7 @@ from nirvana.walk import Hidden, Ids, Stack, as_streams, microbatches, part_of, 
 
 VOCAB_CHUNK = 4096
 """Head rows at a time."""
-DRAWS = 4
+DRAWS = 2
 """Label sequences drawn a calibration sequence; each is one more backward pass through the layers."""
 Masks = Literal["tokens", "sequences"]
 """What has a mask of its own."""
