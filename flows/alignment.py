@@ -15,6 +15,7 @@ from flows.study import (
     IdsOption,
     ModelOption,
     Outcome,
+    RatiosOption,
     ThreadsOption,
     TokensOption,
     numbers,
@@ -22,7 +23,7 @@ from flows.study import (
     run,
     study,
 )
-from flows.sweep import RatiosOption, sweep
+from flows.sweep import sweep
 from nirvana.errors import InputError
 
 QUICK: dict[str, Any] = {"ratios": (0.4,), "round_to": (1, 8, 64)}

@@ -16,6 +16,7 @@ from flows.study import (
     PICTURES,
     TOKENS,
     Asked,
+    CorpusOption,
     ModelOption,
     Outcome,
     ThreadsOption,
@@ -142,9 +143,7 @@ def main(
         Path | None,
         typer.Option(help="Directory of JSON files of token ids: another text, to calibrate on and judge by as well."),
     ] = None,
-    corpus: Annotated[
-        Path | None, typer.Option(help="Directory with documents.jsonl, in place of the pipeline's corpus.")
-    ] = None,
+    corpus: CorpusOption = None,
     model: ModelOption = None,
     tokens: TokensOption = TOKENS,
     threads: ThreadsOption = None,

@@ -16,15 +16,18 @@ from flows.study import (
     PICTURES,
     TOKENS,
     Asked,
+    CompensationSequencesOption,
     IdsOption,
     JudgeOption,
     ModelOption,
     Outcome,
+    RatiosOption,
     Subject,
     ThreadsOption,
     TokensOption,
     as_table,
     fitted_on,
+    names,
     numbers,
     one_line_errors,
     record,
@@ -94,23 +97,21 @@ def _reference(settings: Any) -> tuple[str, str]:
 def _checked(settings: Any) -> Any:
     from tasks.studies.methods import NAMES
 
-    names = NAMES if settings.methods == ("all",) else settings.methods
-    unknown = [name for name in names if name not in NAMES]
+    methods = NAMES if settings.methods == ("all",) else settings.methods
+    unknown = [name for name in methods if name not in NAMES]
     if unknown:
         raise InputError(f"--methods: expected all or some of {','.join(NAMES)}, got {','.join(unknown)}; correct them")
-    return replace(settings, methods=names)
+    return replace(settings, methods=methods)
 
 
 def main(
-    ratios: Annotated[str | None, typer.Option(help="Pruning ratios, e.g. 0.2,0.4.")] = None,
+    ratios: RatiosOption = None,
     methods: Annotated[str | None, typer.Option(help="Methods, e.g. nirvana,fisher,flap; or all.")] = None,
     ids: IdsOption = None,
     judge: JudgeOption = None,
     model: ModelOption = None,
     tokens: TokensOption = TOKENS,
-    compensation_sequences: Annotated[
-        int, typer.Option(min=1, help="Sequences that compensation is fitted on.")
-    ] = COMPENSATION_SEQUENCES,
+    compensation_sequences: CompensationSequencesOption = COMPENSATION_SEQUENCES,
     seeds: Annotated[int, typer.Option(min=1, help="Of the methods that draw something.")] = 1,
     threads: ThreadsOption = None,
     quick: Annotated[
@@ -126,7 +127,7 @@ def main(
         if ratios is not None:
             changed["ratios"] = numbers("--ratios", ratios)
         if methods is not None:
-            changed["methods"] = tuple(dict.fromkeys(name.strip() for name in methods.split(",")))
+            changed["methods"] = names(methods)
     run(compare, asked, changed)
 
 

@@ -11,8 +11,21 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.study import PICTURES, Outcome, as_table, get_run_logger, numbers, one_line_errors, record, run, study, task
-from flows.sweep import RatiosOption
+from flows.study import (
+    PICTURES,
+    Outcome,
+    ProcessesOption,
+    RatiosOption,
+    as_table,
+    get_run_logger,
+    names,
+    numbers,
+    one_line_errors,
+    record,
+    run,
+    study,
+    task,
+)
 from nirvana.files import read_json
 from tasks.params import load_params
 from tasks.process import prepare_environment
@@ -82,7 +95,7 @@ def main(
     quick: Annotated[
         bool, typer.Option("--quick", help="Few and hardly trained models: to see that it works.")
     ] = False,
-    processes: Annotated[int, typer.Option(min=1, help="Models worked on at a time.")] = PROCESSES,
+    processes: ProcessesOption = PROCESSES,
 ) -> None:
     """Compare the methods in several families of models, each trained here."""
     with one_line_errors():
@@ -91,7 +104,7 @@ def main(
             changed["ratios"] = numbers("--ratios", ratios)
         for name, given in (("families", families_), ("methods", methods)):
             if given is not None:
-                changed[name] = tuple(dict.fromkeys(part.strip() for part in given.split(",")))
+                changed[name] = names(given)
     run(families, changed, quick, processes)
 
 

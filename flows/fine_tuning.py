@@ -17,12 +17,14 @@ from flows.study import (
     PICTURES,
     TOKENS,
     Asked,
+    CompensationSequencesOption,
     IdsOption,
     ModelOption,
     Outcome,
     Subject,
     ThreadsOption,
     TokensOption,
+    WaysOption,
     as_table,
     bring,
     fitted_on,
@@ -35,6 +37,7 @@ from flows.study import (
     subject,
     task,
     text_parameters,
+    ways,
 )
 from nirvana.errors import InputError
 from tasks.params import load_params
@@ -42,7 +45,6 @@ from tasks.registry import paths
 
 PICTURE = PICTURES / "fine_tuning.png"
 QUICK_TRAINING_TOKENS = 4096
-BEST = "fisher+least_squares"
 QUICK = {"ways": (("nirvana", "none"), ("fisher", "least_squares"))}
 
 
@@ -120,13 +122,6 @@ def _notes(asked: Asked, texts: Any, corpus: Path | None, lines: list[Any]) -> l
     return notes + ([f"{sum(seconds) / len(seconds):.1f} s a step"] if seconds else [])
 
 
-def _ways(text: str) -> tuple[tuple[str, str], ...]:
-    """Read methods such as `flap` and `fisher+least_squares`, which `best` stands for."""
-    names = (part.strip() for part in text.split(","))
-    parts = ((BEST if name == "best" else name).partition("+") for name in names)
-    return tuple(dict.fromkeys((name, compensation or "none") for name, _, compensation in parts))
-
-
 def _ratio(text: str) -> float:
     first, *others = numbers("--ratio", text)
     if others:
@@ -135,9 +130,7 @@ def _ratio(text: str) -> float:
 
 
 def main(
-    methods: Annotated[
-        str | None, typer.Option(help="Methods, e.g. nirvana,best,flap+bias; best is fisher+least_squares.")
-    ] = None,
+    methods: WaysOption = None,
     ratio: Annotated[str | None, typer.Option(help="Pruning ratio, 0.4 by default.")] = None,
     training_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens that each model is trained on; 24,576 by default.")
@@ -148,9 +141,7 @@ def main(
     ids: IdsOption = None,
     model: ModelOption = None,
     tokens: TokensOption = TOKENS,
-    compensation_sequences: Annotated[
-        int, typer.Option(min=1, help="Sequences that compensation is fitted on.")
-    ] = COMPENSATION_SEQUENCES,
+    compensation_sequences: CompensationSequencesOption = COMPENSATION_SEQUENCES,
     threads: ThreadsOption = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Two methods, 4,096 training tokens: to see that it works.")
@@ -161,7 +152,7 @@ def main(
         asked = Asked.of(ids, model, tokens, threads, quick, compensation_sequences=compensation_sequences)
         changed: dict[str, Any] = QUICK | {"tokens": QUICK_TRAINING_TOKENS} if quick else {}
         if methods is not None:
-            changed["ways"] = _ways(methods)
+            changed["ways"] = ways(methods)
         if ratio is not None:
             changed["ratio"] = _ratio(ratio)
         if training_tokens is not None:

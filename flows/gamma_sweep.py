@@ -15,6 +15,7 @@ from flows.study import (
     IdsOption,
     ModelOption,
     Outcome,
+    RatiosOption,
     ThreadsOption,
     TokensOption,
     numbers,
@@ -22,7 +23,7 @@ from flows.study import (
     run,
     study,
 )
-from flows.sweep import RatiosOption, sweep
+from flows.sweep import sweep
 
 QUICK: dict[str, Any] = {"gammas": (1.0, 2.0, 5.0), "ratios": (0.4,)}
 

@@ -15,14 +15,16 @@ from flows.study import (
     IdsOption,
     ModelOption,
     Outcome,
+    RatiosOption,
     ThreadsOption,
     TokensOption,
+    names,
     numbers,
     one_line_errors,
     run,
     study,
 )
-from flows.sweep import RatiosOption, sweep
+from flows.sweep import sweep
 
 QUICK: dict[str, Any] = {"ratios": (0.1, 0.2)}
 
@@ -54,7 +56,7 @@ def main(
         if ratios is not None:
             changed["ratios"] = numbers("--ratios", ratios)
         if methods is not None:
-            changed["methods"] = tuple(dict.fromkeys(name.strip() for name in methods.split(",")))
+            changed["methods"] = names(methods)
     run(modules, asked, changed)
 
 

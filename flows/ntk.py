@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.study import PICTURES, Outcome, as_table, get_run_logger, record, run, study, task
+from flows.study import PICTURES, Outcome, ProcessesOption, as_table, get_run_logger, record, run, study, task
 from tasks.params import load_params
 from tasks.process import prepare_environment
 
@@ -81,7 +81,7 @@ def main(
         bool, typer.Option("--quick", help="Few and hardly trained models: to see that it works.")
     ] = False,
     gamma: Annotated[float | None, typer.Option(help="MLP rate / attention rate of every method.")] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Models worked on at a time.")] = PROCESSES,
+    processes: ProcessesOption = PROCESSES,
 ) -> None:
     """Compare the SignGD kernel before and after pruning by saliency, by magnitude and at random."""
     run(ntk, quick, gamma, processes)

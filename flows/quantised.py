@@ -16,9 +16,11 @@ from flows.study import (
     PICTURES,
     TOKENS,
     Asked,
+    CompensationSequencesOption,
     IdsOption,
     ModelOption,
     Outcome,
+    RatiosOption,
     Subject,
     ThreadsOption,
     TokensOption,
@@ -84,13 +86,11 @@ def quantised(asked: Asked, changed: dict[str, Any]) -> Outcome:
 
 
 def main(
-    ratios: Annotated[str | None, typer.Option(help="Pruning ratios, e.g. 0.2,0.4.")] = None,
+    ratios: RatiosOption = None,
     ids: IdsOption = None,
     model: ModelOption = None,
     tokens: TokensOption = TOKENS,
-    compensation_sequences: Annotated[
-        int, typer.Option(min=1, help="Sequences that compensation is fitted on.")
-    ] = COMPENSATION_SEQUENCES,
+    compensation_sequences: CompensationSequencesOption = COMPENSATION_SEQUENCES,
     threads: ThreadsOption = None,
     quick: Annotated[bool, typer.Option("--quick", help="One ratio, 2,048 tokens: to see that it works.")] = False,
 ) -> None:

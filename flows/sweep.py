@@ -6,9 +6,7 @@ A sweep's module in tasks.studies has `Settings`, `measure`, `cells_of`, `verdic
 from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from flows.study import (
     PICTURES,
@@ -22,8 +20,6 @@ from flows.study import (
     task,
     text_parameters,
 )
-
-RatiosOption = Annotated[str | None, typer.Option(help="Pruning ratios, e.g. 0.2,0.4.")]
 
 
 @task

@@ -16,11 +16,15 @@ from flows.study import (
     COMPENSATION_SEQUENCES,
     PICTURES,
     Asked,
+    CompensationSequencesOption,
+    CorpusOption,
     IdsOption,
     ModelOption,
     Outcome,
+    RatiosOption,
     Subject,
     ThreadsOption,
+    WaysOption,
     as_table,
     bring,
     fitted_on,
@@ -32,6 +36,7 @@ from flows.study import (
     study,
     task,
     text_parameters,
+    ways,
 )
 from nirvana.errors import InputError
 from tasks.params import load_params
@@ -147,29 +152,18 @@ def _checked(settings: Any) -> Any:
     return settings
 
 
-def _ways(text: str) -> tuple[tuple[str, str], ...]:
-    parts = (part.strip().partition("+") for part in text.split(","))
-    return tuple(dict.fromkeys((name, compensation or "none") for name, _, compensation in parts))
-
-
 def main(
-    ratios: Annotated[str | None, typer.Option(help="Pruning ratios, e.g. 0.2,0.4.")] = None,
-    methods: Annotated[
-        str | None, typer.Option(help="Methods, e.g. nirvana,fisher,fisher+least_squares,flap+bias.")
-    ] = None,
+    ratios: RatiosOption = None,
+    methods: WaysOption = None,
     items: Annotated[int, typer.Option(min=10, help="Items a text, both kinds together.")] = ITEMS,
     text: Annotated[
         Path | None,
         typer.Option(help="Other text to ask about as well: .txt, .jsonl with a column text, or a directory of such."),
     ] = None,
-    corpus: Annotated[
-        Path | None, typer.Option(help="Directory with documents.jsonl, in place of the pipeline's corpus.")
-    ] = None,
+    corpus: CorpusOption = None,
     ids: IdsOption = None,
     model: ModelOption = None,
-    compensation_sequences: Annotated[
-        int, typer.Option(min=1, help="Sequences that compensation is fitted on.")
-    ] = COMPENSATION_SEQUENCES,
+    compensation_sequences: CompensationSequencesOption = COMPENSATION_SEQUENCES,
     threads: ThreadsOption = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Two methods, one ratio, 60 items: to see that it works.")
@@ -182,7 +176,7 @@ def main(
         if ratios is not None:
             changed["ratios"] = numbers("--ratios", ratios)
         if methods is not None:
-            changed["ways"] = _ways(methods)
+            changed["ways"] = ways(methods)
     corpus, text = (each.resolve() if each else None for each in (corpus, text))
     run(zero_shot, asked, Judged(corpus, text, min(items, QUICK_ITEMS) if quick else items), changed)
 

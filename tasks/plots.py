@@ -5,18 +5,14 @@ desk. Text stays text: it is small, searchable and takes the page's font. Equal 
 """
 
 import csv
-import io
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, PathPatch
@@ -27,46 +23,8 @@ from safetensors.numpy import load_file
 from nirvana.errors import InputError
 from nirvana.files import read_json
 from nirvana.plan import Plan, PlannedSite
+from tasks.canvas import PALETTE, add_axes, new_canvas, styled, to_svg, write_text
 
-# Blue and vermilion stay apart in every common form of colour blindness, and in grey.
-PALETTE = {
-    "ink": "#1d2227",
-    "muted": "#5b6570",
-    "rule": "#d3d8dd",
-    "band": "#e6eaee",
-    "dense": "#98a2ac",
-    "kept": "#1266a8",
-    "removed": "#dc7b36",
-    "paper": "#fefefe",
-}
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "nirvana",
-    "font.family": "DejaVu Sans",  # ships with matplotlib: the same letter widths everywhere
-    "font.size": 12,
-    "text.parse_math": False,  # a task's name may hold a dollar sign
-    "text.color": PALETTE["ink"],
-    "axes.edgecolor": PALETTE["rule"],
-    "axes.facecolor": "none",
-    "axes.labelcolor": PALETTE["muted"],
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 1,
-    "xtick.color": PALETTE["rule"],
-    "ytick.color": PALETTE["rule"],
-    "xtick.labelcolor": PALETTE["muted"],
-    "ytick.labelcolor": PALETTE["muted"],
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "ytick.minor.size": 0,
-    "lines.linewidth": 1.5,
-    "legend.frameon": False,
-    "legend.handlelength": 1.0,
-    "legend.handleheight": 0.9,
-    "legend.columnspacing": 1.4,
-    "legend.borderaxespad": 0,
-    "legend.borderpad": 0,
-}
 _NAMES = {"attention": "Attention", "mlp": "MLP", "kv_group": "KV groups", "mlp_neuron": "neurons"}
 MOST_DOTS = 32  # units a layer drawn one by one; more are drawn as a distribution
 MOST_BLOCKS = 12  # units a layer that a bar shows as blocks
@@ -122,51 +80,9 @@ def by_module(rows: Sequence[Mapping[str, str]]) -> dict[str, list[Mapping[str, 
     return {name: [r for r in rows if r["module"] == name] for name in dict.fromkeys(r["module"] for r in rows)}
 
 
-# --- a canvas in pixels ---------------------------------------------------------------------------------------
-
-
-def _canvas(width: float, height: float) -> Figure:
-    return Figure(figsize=(width / 72, height / 72), facecolor=PALETTE["paper"])
-
-
-def _axes(figure: Figure, left: float, top: float, right: float, height: float) -> Axes:
-    """Add axes by pixel: margins to the left, to the top of the figure and to the right, and a height."""
-    width, total = figure.get_size_inches() * 72
-    return figure.add_axes((left / width, 1 - (top + height) / total, (width - left - right) / width, height / total))
-
-
 def _layer_panel(figure: Figure, top: float, height: float, layers: int) -> Axes:
     left, width = 40, figure.get_size_inches()[0] * 72
-    return _axes(figure, left, top, (width - left) * max(0, 1 - layers / FEWEST_SLOTS), height)
-
-
-def _text(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
-    """Write text with its baseline `y` pixels below the top of the figure."""
-    width, total = figure.get_size_inches() * 72
-    figure.text(x / width, 1 - y / total, text, va="baseline", **style)
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """Render, dropping what a browser does not need and making ids unique to this figure."""
-    buffer = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"\s*<style type=\"text/css\">.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r'd="[^"]*"', _rounded, text)
-    text = re.sub(r'(width|height)="([\d.]+)pt"', r'\1="\2"', text, count=2)
-    used = set(re.findall(r'(?:href="#|url\(#)([\w-]+)', text))
-    text = re.sub(r' id="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
-    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
-    text = text.replace("'DejaVu Sans'", "'DejaVu Sans', Arial, sans-serif")
-    return text.replace("<svg ", '<svg stroke-linejoin="round" ', 1)
-
-
-def _rounded(path: re.Match[str]) -> str:
-    """Write a path's coordinates to a hundredth of a pixel: an eighth of the file's size goes unseen."""
-    numbers = re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), path[0])
-    return numbers.replace(" \n", " ").replace("\n", " ")
+    return add_axes(figure, left, top, (width - left) * max(0, 1 - layers / FEWEST_SLOTS), height)
 
 
 def _layer_axis(axes: Axes, layers: Sequence[str], labelled: bool) -> None:
@@ -195,14 +111,14 @@ def kept_share(allocation: Sequence[Mapping[str, str]], width: int) -> Figure:
     """Draw the share of units that each layer keeps, one panel a module, layers on x."""
     modules = by_module(allocation)
     panel = 120
-    figure = _canvas(width, 34 + len(modules) * (panel + 44) + 24)
+    figure = new_canvas(width, 34 + len(modules) * (panel + 44) + 24)
     for number, (module, rows) in enumerate(modules.items()):
         top = 34 + number * (panel + 44) + 24
         weights = sum(int(r["weights"]) for r in rows)
         average = sum(int(r["kept_weights"]) for r in rows) / weights
-        _text(figure, 0, top - 13, title_of(module), weight="bold")
+        write_text(figure, 0, top - 13, title_of(module), weight="bold")
         kept = f"{written(average, 'share')} of its weights kept"
-        _text(figure, width, top - 13, kept, ha="right", color=PALETTE["muted"])
+        write_text(figure, width, top - 13, kept, ha="right", color=PALETTE["muted"])
         axes = _layer_panel(figure, top, panel, len(rows))
         x = np.arange(len(rows))
         share = np.array([float(r["kept_share"]) for r in rows])
@@ -227,15 +143,15 @@ def saliency(sites: Sequence[PlannedSite], scores: Mapping[str, np.ndarray], wid
     """Draw unit saliency a layer on a log scale, kept against removed, one panel a module."""
     modules = list(dict.fromkeys(site.module for site in sites))
     panel = 200
-    figure = _canvas(width, 34 + len(modules) * (panel + 44) + 24)
+    figure = new_canvas(width, 34 + len(modules) * (panel + 44) + 24)
     for number, module in enumerate(modules):
         members = [site for site in sites if site.module == module]
         top = 34 + number * (panel + 44) + 24
         units = sorted({site.units for site in members})
         count = f"{units[0]:,}" if len(units) == 1 else f"{units[0]:,} to {units[-1]:,}"
         unit = title_of(members[0].name.rpartition(".")[2])
-        _text(figure, 0, top - 13, title_of(module), weight="bold")
-        _text(figure, width, top - 13, f"{count} {unit} a layer", ha="right", color=PALETTE["muted"])
+        write_text(figure, 0, top - 13, title_of(module), weight="bold")
+        write_text(figure, width, top - 13, f"{count} {unit} a layer", ha="right", color=PALETTE["muted"])
         axes = _layer_panel(figure, top, panel, len(members))
         values = [np.asarray(scores[site.name], dtype=np.float64) for site in members]
         positive = np.concatenate([v[v > 0] for v in values])
@@ -318,10 +234,10 @@ def kl_divergence(selection: Mapping[str, Any], width: int) -> Figure:
     """Draw each candidate's KL divergence, the pool's mean ± standard deviation, and the winner."""
     scores = np.array(selection["scores"], dtype=np.float64)
     winner = selection["selected"]
-    figure = _canvas(width, 290)
-    _text(figure, 0, 45, "KL divergence", weight="bold")
-    _text(figure, width, 45, "nats a token, lower is better", ha="right", color=PALETTE["muted"])
-    axes = _axes(figure, 48, 58, 0, 184)
+    figure = new_canvas(width, 290)
+    write_text(figure, 0, 45, "KL divergence", weight="bold")
+    write_text(figure, width, 45, "nats a token, lower is better", ha="right", color=PALETTE["muted"])
+    axes = add_axes(figure, 48, 58, 0, 184)
     x = np.arange(len(scores))
     handles: list[Any] = []
     reach = list(scores)
@@ -362,10 +278,10 @@ def recovery(summary: Mapping[str, Any], curve: Sequence[Mapping[str, str]], wid
     """Draw held-out loss against tokens of fine-tuning, from the pruned model towards the dense one's level."""
     tokens, losses = ([float(row[key]) for row in curve] for key in ("tokens", "heldout_loss"))
     dense = summary["heldout_loss"]["dense"]
-    figure = _canvas(width, 290)
-    _text(figure, 0, 45, "Held-out loss", weight="bold")
-    _text(figure, width, 45, "nats a token, lower is better", ha="right", color=PALETTE["muted"])
-    axes = _axes(figure, 48, 58, 16, 184)
+    figure = new_canvas(width, 290)
+    write_text(figure, 0, 45, "Held-out loss", weight="bold")
+    write_text(figure, width, 45, "nats a token, lower is better", ha="right", color=PALETTE["muted"])
+    axes = add_axes(figure, 48, 58, 16, 184)
     level = axes.axhline(dense, color=PALETTE["dense"], linewidth=2, label="dense")
     (line,) = axes.plot(
         tokens, losses, "o-", markersize=5, color=PALETTE["kept"], label="pruned, while it is fine-tuned"
@@ -410,13 +326,13 @@ class Pair:
 
 def pairs(rows: Sequence[Pair], width: int) -> Figure:
     """Draw two bars a quantity, each quantity on its own scale from zero, values written out."""
-    figure = _canvas(width, 30 + 58 * len(rows))
+    figure = new_canvas(width, 30 + 58 * len(rows))
     room = 76  # pixels kept free for the value behind the longest bar
     for number, row in enumerate(rows):
         top = 30 + 58 * number
-        _text(figure, 0, top + 12, row.label, weight="bold")
-        _text(figure, width, top + 12, row.note, ha="right", color=PALETTE["muted"])
-        axes = _axes(figure, 0, top + 18, 0, 30)
+        write_text(figure, 0, top + 12, row.label, weight="bold")
+        write_text(figure, width, top + 12, row.note, ha="right", color=PALETTE["muted"])
+        axes = add_axes(figure, 0, top + 18, 0, 30)
         axes.set_axis_off()
         scale = (row.scale or max(row.dense, row.pruned) or 1.0) * width / (width - room)
         axes.set_xlim(0, scale)
@@ -533,13 +449,11 @@ def figures(inputs: Mapping[str, Path], narrow: bool = False) -> dict[str, str]:
     if "recovery" in inputs and not read_json(inputs["recovery"])["tokens"]:
         del recipes["recovery"]  # nothing was asked for
     drawn = {}
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's matplotlibrc must not change the bytes
-        matplotlib.rcParams.update(_STYLE)
+    with styled():
         for name, (files, draw) in recipes.items():
             if all(file in inputs for file in files):
                 prefix = f"{name}-{'narrow' if narrow else 'wide'}".replace("_", "-")
-                drawn[name] = _svg(draw(NARROW if narrow else WIDE[name]), prefix)
+                drawn[name] = to_svg(draw(NARROW if narrow else WIDE[name]), prefix)
     return drawn
 
 

@@ -345,3 +345,22 @@ def tiny_t5(path: Path, name: str = "t5-relu-tied", seed: int = 0, sentinels: in
     save_t5(name, path, seed, **overrides)
     tiny_t5_tokenizer(sentinels).save_pretrained(path)
     return path
+
+
+def tiny_recipe(steps: int):
+    """Return the recipe of a model of 2 layers, 4 heads in 2 KV groups and 24 neurons, for studies that train it."""
+    from tasks.studies.tiny_model import Recipe
+
+    return Recipe(
+        vocabulary=128,
+        hidden=16,
+        layers=2,
+        kv_groups=2,
+        queries_per_kv=2,
+        head_dim=4,
+        neurons=24,
+        length=16,
+        batch=4,
+        steps=steps,
+        warmup=2,
+    )

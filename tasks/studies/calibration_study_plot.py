@@ -5,16 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from nirvana.files import atomic_file
-from tasks.plots import _STYLE, PALETTE, _axes, _canvas, _svg, _text
+from tasks.canvas import PALETTE, add_axes, new_canvas, write_text
 from tasks.studies.calibration_study_summary import (
     Match,
     Rows,
@@ -25,11 +22,11 @@ from tasks.studies.calibration_study_summary import (
     matching,
     perplexity,
 )
+from tasks.studies.picture import write_picture
 
 WIDTH = 1040
 _MARGIN, _TOP, _PANEL, _GAP, _BETWEEN = 16, 62, 250, 44, 112
 _AXIS = 40  # pixels to the left of each panel for numbers
-DPI = 144
 _BEST, _ANY, _PICK, _DOT = PALETTE["kept"], PALETTE["dense"], PALETTE["removed"], PALETTE["muted"]
 
 
@@ -41,22 +38,12 @@ def draw(rows: Rows, corpus: str, png: Path) -> list[Path]:
         corpus: What the corpus is called.
         png: Where; the SVG takes the same name.
     """
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's matplotlibrc must not change the bytes
-        matplotlib.rcParams.update(_STYLE)
-        figure = _figure(rows, corpus)
-        svg = png.with_suffix(".svg")
-        with atomic_file(svg) as temporary:
-            temporary.write_text(_svg(figure, "calibration") + "\n", encoding="utf-8")
-        with atomic_file(png) as temporary:
-            figure.set_dpi(DPI)
-            FigureCanvasAgg(figure).print_png(temporary)
-    return [png, svg]
+    return write_picture(png, "calibration", lambda: _figure(rows, corpus))
 
 
 def _figure(rows: Rows, corpus: str) -> Figure:
     pairs = matches(rows)
-    figure = _canvas(WIDTH, _TOP + 2 * _PANEL + _BETWEEN + 46)
+    figure = new_canvas(WIDTH, _TOP + 2 * _PANEL + _BETWEEN + 46)
     pool = matching(rows, part="candidate", calibrated_on=corpus, judged_on=corpus)
     ranked = correlations(rows, corpus)[corpus]
     first, second = _place(figure, 0, 0, 2), _place(figure, 0, 1, 2)
@@ -89,12 +76,12 @@ def _place(figure: Figure, row: int, column: int, columns: int) -> tuple[Axes, t
     """Return the axes of a panel, and where its heading is."""
     width = (WIDTH - 2 * _MARGIN - (columns - 1) * _GAP) / columns
     left, top = _MARGIN + column * (width + _GAP), _TOP + row * (_PANEL + _BETWEEN)
-    return _axes(figure, left + _AXIS, top, WIDTH - left - width, _PANEL), (left, top)
+    return add_axes(figure, left + _AXIS, top, WIDTH - left - width, _PANEL), (left, top)
 
 
 def _heading(figure: Figure, at: tuple[float, float], title: str, measure: str) -> None:
-    _text(figure, at[0], at[1] - 38, title, weight="bold")
-    _text(figure, at[0], at[1] - 20, measure, color=PALETTE["muted"], fontsize=11)
+    write_text(figure, at[0], at[1] - 38, title, weight="bold")
+    write_text(figure, at[0], at[1] - 20, measure, color=PALETTE["muted"], fontsize=11)
 
 
 def _perplexities(rows: Rows) -> list[float]:

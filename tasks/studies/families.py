@@ -18,15 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from nirvana.errors import InputError
 from nirvana.files import read_json
 from tasks.jobs import Job, Progress
-from tasks.process_pool import run_in_processes
 from tasks.studies import tiny_model
 from tasks.studies.compare import BEST, DENSE, Comparison, Compensation, Text, Texts
 from tasks.studies.methods import method_named
+from tasks.studies.parts import run_parts
 from tasks.studies.store import STUDIES
 from tasks.studies.tiny_model import FAMILIES, Recipe, check_families, read_text, trained_model
 
@@ -183,35 +182,13 @@ def measure(settings: Settings, corpus: Path, processes: int) -> dict[str, Any]:
     """
     text = read_text(corpus, settings.recipe.vocabulary, CACHE)  # once, not in every process
     evaluation = texts_of(text, settings, 0).evaluation  # a text too short is said before any training
-    models = settings.models()
-    _run([(*model, DENSE) for model in models], "training", settings, corpus, processes)
-    parts = [(*model, method) for model in models for method in (DENSE, *settings.methods)]
-    found = _run(parts, "pruning", settings, corpus, processes)
+    shared = {"settings": settings, "corpus": corpus}
+    models = [shared | {"family": family, "seed": seed} for family, seed in settings.models()]
+    run_parts(do_part, [model | {"method": DENSE} for model in models], CACHE, "training", processes)
+    parts = [model | {"method": method} for model in models for method in (DENSE, *settings.methods)]
+    found = run_parts(do_part, parts, CACHE, "pruning", processes)
     unigram = unigram_loss(text, evaluation.ids, settings.recipe.vocabulary)
     return {"rows": [row for rows in found for row in rows], "unigram": unigram}
-
-
-def _run(
-    parts: Sequence[tuple[str, int, str]], description: str, settings: Settings, corpus: Path, processes: int
-) -> list[list[dict[str, Any]]]:
-    values: dict[int, Any] = {}
-    shared = {"settings": settings, "corpus": corpus}
-    jobs = [
-        Job(index, CACHE, arguments={**shared, "family": family, "seed": seed, "method": method})
-        for index, (family, seed, method) in enumerate(parts)
-    ]
-    with tqdm(total=len(jobs), desc=description, unit="part") as bar:
-
-        def finish(job: Job, value: bytes) -> None:
-            values[job.index] = json.loads(value)
-            bar.update()
-
-        if processes == 1:
-            for job in jobs:
-                finish(job, do_part(job, "cpu", lambda share: None))
-        else:
-            run_in_processes(do_part, jobs, ["cpu"] * processes, 1, finish)
-    return [values[index] for index in range(len(jobs))]
 
 
 def do_part(job: Job, device: str, progress: Progress) -> bytes:

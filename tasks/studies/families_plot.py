@@ -4,22 +4,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from nirvana.files import atomic_file
-from tasks.plots import _STYLE, PALETTE, _axes, _canvas, _svg, _text
+from tasks.canvas import PALETTE, add_axes, new_canvas, write_text
 from tasks.studies.compare import BEST
 from tasks.studies.families import FAMILIES
 from tasks.studies.families_summary import Line, ratios_of, ways_by_loss
-from tasks.studies.leaderboard_plot import _TITLES
+from tasks.studies.leaderboard import titled
+from tasks.studies.picture import write_picture
 
 WIDTH = 1040
-DPI = 144
 _MARGIN, _TOP, _GAP, _BELOW, _TITLE = 16, 86, 28, 44, 26
 _NAMES = 176  # pixels to the left of each row of panels, for names
 _ROW, _MARK = 14, 8.5  # pixels of a method's row beside its marks, and of each mark
@@ -41,17 +38,7 @@ def draw(lines: Sequence[Line], png: Path) -> list[Path]:
         lines: `tasks.studies.families.lines_of`.
         png: Where; the SVG takes the same name.
     """
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's matplotlibrc must not change the bytes
-        matplotlib.rcParams.update(_STYLE)
-        figure = _figure(lines)
-        svg = png.with_suffix(".svg")
-        with atomic_file(svg) as temporary:
-            temporary.write_text(_svg(figure, "families") + "\n", encoding="utf-8")
-        with atomic_file(png) as temporary:
-            figure.set_dpi(DPI)
-            FigureCanvasAgg(figure).print_png(temporary)
-    return [png, svg]
+    return write_picture(png, "families", lambda: _figure(lines))
 
 
 def _figure(lines: Sequence[Line]) -> Figure:
@@ -61,18 +48,18 @@ def _figure(lines: Sequence[Line]) -> Figure:
     panel = len(ways) * (_ROW + _MARK * len(families))
     columns = min(2, len(ratios))
     row = panel + _BELOW + _TITLE
-    figure = _canvas(WIDTH, _TOP + -(-len(ratios) // columns) * row - _TITLE)
+    figure = new_canvas(WIDTH, _TOP + -(-len(ratios) // columns) * row - _TITLE)
     width = (WIDTH - 2 * _MARGIN - _NAMES - (columns - 1) * _GAP) / columns
     muted: dict[str, Any] = {"color": PALETTE["muted"], "fontsize": 11}
     several = lines[0].models > 1
     models = f"{lines[0].models} trained models" if several else "one trained model"
-    _text(figure, _MARGIN, 24, f"Loss above {_title(BEST)}, {models} a family", weight="bold")
+    write_text(figure, _MARGIN, 24, f"Loss above {_title(BEST)}, {models} a family", weight="bold")
     bars = "95 % over windows and models" if several else "95 % over windows"
-    _text(figure, _MARGIN, 42, f"evaluation text, nats a token; right of the line: worse; bars: {bars}", **muted)
+    write_text(figure, _MARGIN, 42, f"evaluation text, nats a token; right of the line: worse; bars: {bars}", **muted)
     for number, ratio in enumerate(ratios):
         left, top = _MARGIN + _NAMES + number % columns * (width + _GAP), _TOP + number // columns * row
-        _text(figure, left, top - 6, f"ratio {ratio:g}", weight="bold", fontsize=11)
-        axes = _axes(figure, left, top, WIDTH - left - width, panel)
+        write_text(figure, left, top - 6, f"ratio {ratio:g}", weight="bold", fontsize=11)
+        axes = add_axes(figure, left, top, WIDTH - left - width, panel)
         _panel(axes, [line for line in rivals if line.ratio == ratio], ways, families)
         axes.set_yticks(range(len(ways)), [_title(way) for way in ways] if number % columns == 0 else [], fontsize=11)
     handles = [
@@ -91,7 +78,7 @@ def _look(family: str) -> tuple[str, str]:
 
 def _title(way: tuple[str, str]) -> str:
     method, compensation = way
-    name = _TITLES.get(method, method.replace("_", " "))
+    name = titled(method)
     return name if compensation == "none" else f"{name} + {compensation.replace('_', ' ')}"
 
 

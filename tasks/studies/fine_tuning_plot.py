@@ -4,26 +4,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from nirvana.files import atomic_file
-from tasks.plots import _STYLE, PALETTE, _axes, _canvas, _svg, _text
+from tasks.canvas import PALETTE, add_axes, new_canvas, write_text
 from tasks.studies.compare import DENSE
 from tasks.studies.fine_tuning_summary import Dense, Line, called, is_reference
-from tasks.studies.leaderboard_plot import _LOOK, _OTHER, apart
+from tasks.studies.picture import METHOD_LOOKS, OTHER_LOOK, End, name_ends, write_picture
 
 WIDTH = 1040
-DPI = 144
 _MARGIN, _TOP, _PANEL, _AXIS = 16, 62, 330, 34
 _ROOM = 138  # pixels to the right of the first panel, for names
 _FIRST = 596  # where the second begins
 _NAMES = 128  # pixels to its left, for names
-_LINE = 15  # pixels between names
 _STEPS = (1, 2, 5, 10)  # between ticks
 
 
@@ -36,34 +31,24 @@ def draw(dense: Dense, lines: Sequence[Line], reference: tuple[str, str], png: P
         reference: Method and compensation that the others are compared with.
         png: Where; the SVG takes the same name.
     """
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's matplotlibrc must not change the bytes
-        matplotlib.rcParams.update(_STYLE)
-        figure = _figure(dense, lines, reference)
-        svg = png.with_suffix(".svg")
-        with atomic_file(svg) as temporary:
-            temporary.write_text(_svg(figure, "fine-tuning") + "\n", encoding="utf-8")
-        with atomic_file(png) as temporary:
-            figure.set_dpi(DPI)
-            FigureCanvasAgg(figure).print_png(temporary)
-    return [png, svg]
+    return write_picture(png, "fine-tuning", lambda: _figure(dense, lines, reference))
 
 
 def _figure(dense: Dense, lines: Sequence[Line], reference: tuple[str, str]) -> Figure:
     height = _TOP + _PANEL + 78
-    figure = _canvas(WIDTH, height)
+    figure = new_canvas(WIDTH, height)
     muted: dict[str, Any] = {"color": PALETTE["muted"], "fontsize": 11}
-    _text(figure, _MARGIN, 24, f"Learning curves at ratio {lines[0].ratio:g}", weight="bold")
-    _text(figure, _MARGIN, 42, "held-out loss, nats a token; lower is better", **muted)
-    _curves(_axes(figure, _MARGIN + _AXIS, _TOP, WIDTH - _FIRST + _ROOM, _PANEL), dense, lines, reference)
+    write_text(figure, _MARGIN, 24, f"Learning curves at ratio {lines[0].ratio:g}", weight="bold")
+    write_text(figure, _MARGIN, 42, "held-out loss, nats a token; lower is better", **muted)
+    _curves(add_axes(figure, _MARGIN + _AXIS, _TOP, WIDTH - _FIRST + _ROOM, _PANEL), dense, lines, reference)
     ours = next(line for line in lines if is_reference(line, reference))
-    _text(figure, _FIRST, 24, f"Behind {called(ours)}, before and after", weight="bold")
-    _text(figure, _FIRST, 42, "loss above it on the evaluation text, nats a token; 95 % over windows", **muted)
+    write_text(figure, _FIRST, 24, f"Behind {called(ours)}, before and after", weight="bold")
+    write_text(figure, _FIRST, 42, "loss above it on the evaluation text, nats a token; 95 % over windows", **muted)
     others = sorted((line for line in lines if line is not ours), key=lambda line: line.above_after.difference)
     if not others:
-        _text(figure, _FIRST, 80, "no other model was trained", **muted)
+        write_text(figure, _FIRST, 80, "no other model was trained", **muted)
         return figure
-    _leads(_axes(figure, _FIRST + _NAMES, _TOP, _MARGIN, _PANEL), others)
+    _leads(add_axes(figure, _FIRST + _NAMES, _TOP, _MARGIN, _PANEL), others)
     handles = [_handle(label, fill) for label, fill in (("before", PALETTE["paper"]), ("after", PALETTE["muted"]))]
     corner = ((_FIRST + _NAMES) / WIDTH, 12 / height)
     figure.legend(handles=handles, ncol=2, loc="lower left", bbox_to_anchor=corner, fontsize=11)
@@ -78,7 +63,12 @@ def _handle(label: str, fill: str) -> Line2D:
 def _look(line: Line, lines: Sequence[Line]) -> dict[str, Any]:
     """Return a method's colour and marker; dashes tell the model as selected from the compensated one beside it."""
     both = line.compensation == "none" and any(x.method == line.method and x is not line for x in lines)
-    return {"linewidth": 1.5, "zorder": 3, **_LOOK.get(line.method, _OTHER), "linestyle": "--" if both else "-"}
+    return {
+        "linewidth": 1.5,
+        "zorder": 3,
+        **METHOD_LOOKS.get(line.method, OTHER_LOOK),
+        "linestyle": "--" if both else "-",
+    }
 
 
 def _curves(axes: Axes, dense: Dense, lines: Sequence[Line], reference: tuple[str, str]) -> None:
@@ -95,34 +85,14 @@ def _curves(axes: Axes, dense: Dense, lines: Sequence[Line], reference: tuple[st
         tokens, _, curve = zip(*line.curve, strict=True)
         axes.plot(tokens, curve, markersize=5, clip_on=False, **look)
         labels.append((called(line), curve[-1], look["color"], "bold" if bold else "normal"))
-    _name_lines(axes, labels, limits)
+    ends = [End(name, (value - limits[0]) / (limits[1] - limits[0]) * _PANEL, *look) for name, value, *look in labels]
+    name_ends(axes, ends, _PANEL, 14)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_STEPS))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.yaxis.set_major_locator(MaxNLocator(7, steps=_STEPS))
     axes.set_xlabel("tokens trained on", labelpad=4)
     axes.grid(axis="y", color=PALETTE["rule"], linewidth=0.8)
     axes.set_axisbelow(True)
-
-
-def _name_lines(axes: Axes, labels: Sequence[tuple[str, float, str, str]], limits: tuple[float, float]) -> None:
-    """Write each name at the right of where its curve ends, moved apart where they would touch."""
-    ordered = sorted(labels, key=lambda label: label[1])
-    wanted = [(value - limits[0]) / (limits[1] - limits[0]) * _PANEL for _, value, _, _ in ordered]
-    for (name, _, color, weight), end, place in zip(ordered, wanted, apart(wanted, _LINE, _PANEL), strict=True):
-        thread = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 2, "relpos": (0, 0.5)}
-        axes.annotate(
-            name,
-            (1, end / _PANEL),
-            xycoords="axes fraction",
-            xytext=(14, place - end),
-            textcoords="offset points",
-            va="center",
-            color=color,
-            weight=weight,
-            fontsize=11,
-            annotation_clip=False,
-            arrowprops=thread if abs(place - end) > 3 else None,
-        )
 
 
 def _leads(axes: Axes, others: Sequence[Line]) -> None:

@@ -9,17 +9,10 @@ from typing import Any
 from nirvana.files import atomic_file
 from tasks.studies.bootstrap import Interval, paired_bootstrap
 from tasks.studies.compare import DENSE
+from tasks.studies.leaderboard import titled
 from tasks.studies.tracking import Series
 
 Rows = Sequence[Mapping[str, Any]]
-TITLES = {
-    "nirvana": "NIRVANA",
-    "fisher": "mask Fisher",
-    "flap": "FLAP",
-    "llm_pruner": "LLM-Pruner",
-    "wanda_sp": "Wanda-sp",
-    "shortgpt": "ShortGPT",
-}
 _COLUMNS = ("tokens", "training_loss", "heldout_loss")
 
 
@@ -97,7 +90,7 @@ def _mean(losses: Sequence[float]) -> float:
 
 def called(line: Line) -> str:
     """Return what a model is called: `NIRVANA`, `mask Fisher + LS`."""
-    name = TITLES.get(line.method, line.method.replace("_", " "))
+    name = titled(line.method)
     return name + {"none": "", "bias": " + bias", "least_squares": " + LS"}[line.compensation]
 
 

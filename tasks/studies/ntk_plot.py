@@ -3,21 +3,18 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from nirvana.files import atomic_file
-from tasks.plots import _STYLE, PALETTE, _axes, _canvas, _svg, _text
+from tasks.canvas import PALETTE, add_axes, new_canvas, write_text
 from tasks.studies.ntk_summary import Rows, by_seed, ratios_of, spread
+from tasks.studies.picture import write_picture
 
 WIDTH, HEIGHT = 1040, 372
 _MARGIN, _TOP, _PANEL, _GAP = 16, 92, 230, 56
-DPI = 144
 # shape and colour both tell the methods apart, and grey keeps them apart in print
 _LOOK: dict[str, dict[str, Any]] = {
     "nirvana": {"color": PALETTE["kept"], "marker": "o", "label": "NIRVANA"},
@@ -36,32 +33,22 @@ def draw(kernels: Rows, curves: Rows, ratio: float, png: Path) -> list[Path]:
         ratio: The ratio that the fine-tuned models were pruned at.
         png: Where; the SVG takes the same name.
     """
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's matplotlibrc must not change the bytes
-        matplotlib.rcParams.update(_STYLE)
-        figure = _figure(kernels, curves, ratio)
-        svg = png.with_suffix(".svg")
-        with atomic_file(svg) as temporary:
-            temporary.write_text(_svg(figure, "ntk") + "\n", encoding="utf-8")
-        with atomic_file(png) as temporary:
-            figure.set_dpi(DPI)
-            FigureCanvasAgg(figure).print_png(temporary)
-    return [png, svg]
+    return write_picture(png, "ntk", lambda: _figure(kernels, curves, ratio))
 
 
 def _figure(kernels: Rows, curves: Rows, ratio: float) -> Figure:
-    figure = _canvas(WIDTH, HEIGHT)
+    figure = new_canvas(WIDTH, HEIGHT)
     width = (WIDTH - 2 * _MARGIN - _GAP) / 2
     right = _MARGIN + width + _GAP
     _heading(figure, _MARGIN, "How far pruning moves the SignGD kernel", "‖K pruned − K dense‖ / ‖K dense‖")
-    _kernel_panel(_axes(figure, _MARGIN + 34, _TOP, WIDTH - _MARGIN - width, _PANEL), kernels)
+    _kernel_panel(add_axes(figure, _MARGIN + 34, _TOP, WIDTH - _MARGIN - width, _PANEL), kernels)
     _heading(
         figure,
         right,
         f"What pruning {ratio:.0%} costs while fine-tuning goes on",
         "held-out loss above the dense model's, tuned alike; nats a token",
     )
-    _curve_panel(_axes(figure, right + 34, _TOP, _MARGIN, _PANEL), curves)
+    _curve_panel(add_axes(figure, right + 34, _TOP, _MARGIN, _PANEL), curves)
     seeds = len({row["seed"] for row in kernels})
     deviation = Line2D([], [], color=PALETTE["muted"], marker="|", markersize=11, linestyle="")
     deviation.set_label(f"bars and bands: ± 1 standard deviation over {seeds} models")
@@ -72,8 +59,8 @@ def _figure(kernels: Rows, curves: Rows, ratio: float) -> Figure:
 
 
 def _heading(figure: Figure, x: float, title: str, measure: str) -> None:
-    _text(figure, x, 62, title, weight="bold")
-    _text(figure, x, 80, measure, color=PALETTE["muted"])
+    write_text(figure, x, 62, title, weight="bold")
+    write_text(figure, x, 80, measure, color=PALETTE["muted"])
 
 
 def _kernel_panel(axes: Axes, kernels: Rows) -> None:

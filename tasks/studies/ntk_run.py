@@ -2,19 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from nirvana.files import read_json
 from tasks import fetch_corpus
 from tasks.jobs import Job, Progress
 from tasks.params import Params
-from tasks.process_pool import run_in_processes
 from tasks.studies.ntk import CACHE, METHODS, Settings, curve, kernel_rows, subject_of
+from tasks.studies.parts import run_parts
 from tasks.studies.store import STUDIES
 from tasks.studies.tiny_model import RECORD, read_text
 
@@ -45,40 +42,18 @@ def measure(settings: Settings, corpus: Path, processes: int) -> dict[str, list[
         method, and one of the dense model.
     """
     read_text(corpus, settings.recipe.vocabulary, CACHE)  # once, not in every process
-    seeds = range(settings.seeds)
-    models = _run([(seed, "model", "") for seed in seeds], "training", settings, corpus, processes)
+    models = [{"settings": settings, "corpus": corpus, "seed": seed} for seed in range(settings.seeds)]
+    training = [model | {"kind": "model", "method": ""} for model in models]
+    records = run_parts(do_part, training, CACHE, "training", processes)
     kinds = [("kernel", method) for method in METHODS] + [("curve", method) for method in ("dense", *METHODS)]
-    tasks = [(seed, kind, method) for seed in seeds for kind, method in kinds]
-    parts = _run(tasks, "pruning and fine-tuning", settings, corpus, processes)
-    found = list(zip(tasks, parts, strict=True))
+    parts = [model | {"kind": kind, "method": method} for model in models for kind, method in kinds]
+    values = run_parts(do_part, parts, CACHE, "pruning and fine-tuning", processes)
+    found = [(part["kind"], value) for part, value in zip(parts, values, strict=True)]
     return {
-        "models": models,
-        "kernels": [row for (_, kind, _), rows in found if kind == "kernel" for row in rows],
-        "curves": [points for (_, kind, _), points in found if kind == "curve"],
+        "models": records,
+        "kernels": [row for kind, rows in found if kind == "kernel" for row in rows],
+        "curves": [points for kind, points in found if kind == "curve"],
     }
-
-
-def _run(
-    tasks: Sequence[tuple[int, str, str]], description: str, settings: Settings, corpus: Path, processes: int
-) -> list[Any]:
-    values: dict[int, Any] = {}
-    shared = {"settings": settings, "corpus": corpus}
-    jobs = [
-        Job(index, CACHE, arguments={**shared, "seed": seed, "kind": kind, "method": method})
-        for index, (seed, kind, method) in enumerate(tasks)
-    ]
-    with tqdm(total=len(jobs), desc=description, unit="part") as bar:
-
-        def finish(job: Job, value: bytes) -> None:
-            values[job.index] = json.loads(value)
-            bar.update()
-
-        if processes == 1:
-            for job in jobs:
-                finish(job, do_part(job, "cpu", lambda share: None))
-        else:
-            run_in_processes(do_part, jobs, ["cpu"] * processes, 1, finish)
-    return [values[index] for index in range(len(jobs))]
 
 
 def do_part(job: Job, device: str, progress: Progress) -> bytes:

@@ -5,17 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from nirvana.files import atomic_file
-from tasks.plots import _STYLE, PALETTE, _axes, _canvas, _svg, _text
+from tasks.canvas import PALETTE, add_axes, new_canvas, write_text
 from tasks.studies.compare import DENSE
-from tasks.studies.leaderboard_plot import apart
+from tasks.studies.picture import LINE, apart, write_picture
 from tasks.studies.quantised_summary import LEGEND, Cell, Sum, called
 from tasks.studies.quantised_weights import STORED
 
@@ -24,13 +21,11 @@ _MARGIN, _TOP, _PANEL, _AXIS = 16, 62, 330, 34
 _ROOM = 118  # pixels to the right of the first panel, for names
 _FIRST = 616  # where the second begins
 _NAMES = 136  # pixels to its left, for names
-DPI = 144
 _MARKERS = {STORED: "o", "int8": "s", "int4": "^"}
 _OTHER_MARKER = "D"
 # ours and the paper's in the house colours
 _COLOURS = {DENSE: PALETTE["ink"], "fisher": PALETTE["kept"], "nirvana": PALETTE["removed"]}
 _DASHES = ((0, ()), (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)))  # by ratio
-_LINE = 15  # pixels between names
 
 
 def draw(lines: Sequence[Cell], sums: Sequence[Sum], png: Path) -> list[Path]:
@@ -41,39 +36,29 @@ def draw(lines: Sequence[Cell], sums: Sequence[Sum], png: Path) -> list[Path]:
         sums: Those that are pruned and quantised.
         png: Where; the SVG takes the same name.
     """
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's matplotlibrc must not change the bytes
-        matplotlib.rcParams.update(_STYLE)
-        figure = _figure(lines, sums)
-        svg = png.with_suffix(".svg")
-        with atomic_file(svg) as temporary:
-            temporary.write_text(_svg(figure, "quantised") + "\n", encoding="utf-8")
-        with atomic_file(png) as temporary:
-            figure.set_dpi(DPI)
-            FigureCanvasAgg(figure).print_png(temporary)
-    return [png, svg]
+    return write_picture(png, "quantised", lambda: _figure(lines, sums))
 
 
 def _figure(lines: Sequence[Cell], sums: Sequence[Sum]) -> Figure:
     height = _TOP + _PANEL + 78
-    figure = _canvas(WIDTH, height)
-    _text(figure, _MARGIN, 24, "What so many bytes buy", weight="bold")
+    figure = new_canvas(WIDTH, height)
+    write_text(figure, _MARGIN, 24, "What so many bytes buy", weight="bold")
     measure = "token perplexity against bytes of all parameters, both log scale"
-    _text(figure, _MARGIN, 42, measure, color=PALETTE["muted"], fontsize=11)
-    _bytes_panel(_axes(figure, _MARGIN + _AXIS, _TOP, WIDTH - _FIRST + _ROOM, _PANEL), lines)
-    _text(figure, _FIRST, 24, "Does the damage add up?", weight="bold")
+    write_text(figure, _MARGIN, 42, measure, color=PALETTE["muted"], fontsize=11)
+    _bytes_panel(add_axes(figure, _MARGIN + _AXIS, _TOP, WIDTH - _FIRST + _ROOM, _PANEL), lines)
+    write_text(figure, _FIRST, 24, "Does the damage add up?", weight="bold")
     measure = "loss increase of both together less the sum of each; nats a token, 95 %"
-    _text(figure, _FIRST, 42, measure, color=PALETTE["muted"], fontsize=11)
+    write_text(figure, _FIRST, 42, measure, color=PALETTE["muted"], fontsize=11)
     if sums:
-        _sums_panel(_axes(figure, _FIRST + _NAMES, _TOP, _MARGIN, _PANEL), sums)
+        _sums_panel(add_axes(figure, _FIRST + _NAMES, _TOP, _MARGIN, _PANEL), sums)
     else:
-        _text(figure, _FIRST, 80, "nothing was both pruned and quantised", color=PALETTE["muted"], fontsize=11)
+        write_text(figure, _FIRST, 80, "nothing was both pruned and quantised", color=PALETTE["muted"], fontsize=11)
     handles = [
         Line2D([], [], marker=_marker(each), linestyle="", color=PALETTE["muted"], markersize=7, label=_kind(each))
         for each in dict.fromkeys(line.precision for line in lines)
     ]
     if any(line.compensation == "least_squares" for line in lines):
-        _text(figure, _FIRST, height - 16, LEGEND, color=PALETTE["muted"], fontsize=11)
+        write_text(figure, _FIRST, height - 16, LEGEND, color=PALETTE["muted"], fontsize=11)
     corner = ((_MARGIN + _AXIS) / WIDTH, 12 / height)
     figure.legend(handles=handles, ncol=len(handles), loc="lower left", bbox_to_anchor=corner, fontsize=11)
     return figure
@@ -135,7 +120,7 @@ def _name_lines(axes: Axes, labels: Sequence[tuple[str, Cell, str]], limits: tup
     low, high = (math.log(limit) for limit in limits)
     ordered = sorted(labels, key=lambda label: label[1].token_perplexity)
     wanted = [(math.log(line.token_perplexity) - low) / (high - low) * _PANEL for _, line, _ in ordered]
-    for (name, line, color), place in zip(ordered, apart(wanted, _LINE, _PANEL), strict=True):
+    for (name, line, color), place in zip(ordered, apart(wanted, LINE, _PANEL), strict=True):
         axes.annotate(
             name,
             (line.bytes / 1e6, line.token_perplexity),

@@ -5,21 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
 
-from nirvana.files import atomic_file
-from tasks.plots import _STYLE, PALETTE, _axes, _canvas, _svg, _text
-from tasks.studies.leaderboard_plot import apart
+from tasks.canvas import PALETTE, add_axes, new_canvas, write_text
+from tasks.studies.picture import End, name_ends, write_picture
 from tasks.studies.sweep import Cell
 
 WIDTH = 1040
 _MARGIN, _TOP, _PANEL, _GAP, _BELOW = 16, 54, 238, 24, 48
-_AXIS, _ROOM, _LINE = 44, 112, 15  # pixels for numbers, for names, and from name to name
-DPI = 144
+_AXIS, _ROOM = 44, 112  # pixels for numbers and for names
 LOOKS = (  # colour and shape both tell curves apart
     (PALETTE["kept"], "o"),
     (PALETTE["removed"], "s"),
@@ -94,33 +90,23 @@ def draw(name: str, panels: Sequence[Panel], png: Path, notes: Sequence[str] = (
         png: Where; the SVG takes the same name.
         notes: Lines below.
     """
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's matplotlibrc must not change the bytes
-        matplotlib.rcParams.update(_STYLE)
-        figure = _figure(panels, notes)
-        svg = png.with_suffix(".svg")
-        with atomic_file(svg) as temporary:
-            temporary.write_text(_svg(figure, name) + "\n", encoding="utf-8")
-        with atomic_file(png) as temporary:
-            figure.set_dpi(DPI)
-            FigureCanvasAgg(figure).print_png(temporary)
-    return [png, svg]
+    return write_picture(png, name, lambda: _figure(panels, notes))
 
 
 def _figure(panels: Sequence[Panel], notes: Sequence[str]) -> Figure:
     rows = -(-len(panels) // 2)
     row = _TOP + _PANEL + _BELOW
     height = rows * row + 18 * len(notes) + 10
-    figure = _canvas(WIDTH, height)
+    figure = new_canvas(WIDTH, height)
     width = (WIDTH - 2 * _MARGIN - _GAP) / 2
     for number, panel in enumerate(panels):
         left, top = _MARGIN + number % 2 * (width + _GAP), number // 2 * row
-        _text(figure, left, top + 24, panel.title, weight="bold")
-        _text(figure, left, top + 42, panel.measure, color=PALETTE["muted"], fontsize=11)
-        axes = _axes(figure, left + _AXIS, top + _TOP, WIDTH - left - width + _ROOM, _PANEL)
+        write_text(figure, left, top + 24, panel.title, weight="bold")
+        write_text(figure, left, top + 42, panel.measure, color=PALETTE["muted"], fontsize=11)
+        axes = add_axes(figure, left + _AXIS, top + _TOP, WIDTH - left - width + _ROOM, _PANEL)
         _panel(axes, panel)
     for number, note in enumerate(notes):
-        _text(figure, _MARGIN, rows * row + 8 + 18 * number, note, color=PALETTE["muted"], fontsize=11)
+        write_text(figure, _MARGIN, rows * row + 8 + 18 * number, note, color=PALETTE["muted"], fontsize=11)
     return figure
 
 
@@ -213,23 +199,7 @@ def _name(axes: Axes, ends: Sequence[tuple[str, float, str]], log: bool) -> None
         share = math.log(value / low) / math.log(high / low) if log else (value - low) / (high - low)
         return share * _PANEL
 
-    ordered = sorted(ends, key=lambda end: end[1])
-    wanted = [place(value) for _, value, _ in ordered]
-    for (name, _, colour), at, end in zip(ordered, apart(wanted, _LINE, _PANEL), wanted, strict=True):
-        moved = abs(at - end) > 3
-        arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 2, "relpos": (0, 0.5)}
-        axes.annotate(
-            name,
-            (1, end / _PANEL),
-            xycoords="axes fraction",
-            xytext=(16 if moved else 6, at - end),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-            fontsize=11,
-            annotation_clip=False,
-            arrowprops=arrow if moved else None,
-        )
+    name_ends(axes, [End(name, place(value), colour) for name, value, colour in ends], _PANEL, 16, in_place=6)
 
 
 # --- curves of cells --------------------------------------------------------------------------------------------

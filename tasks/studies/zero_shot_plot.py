@@ -2,19 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from nirvana.files import atomic_file
+from tasks.canvas import PALETTE, add_axes, new_canvas, write_text
 from tasks.continuation import CHOICES
-from tasks.plots import _STYLE, PALETTE, _axes, _canvas, _svg, _text
 from tasks.studies.compare import BEST, DENSE
-from tasks.studies.leaderboard_plot import _LOOK, _OTHER, _TITLES, apart
+from tasks.studies.leaderboard import titled
+from tasks.studies.picture import METHOD_LOOKS, OTHER_LOOK, End, name_ends, write_picture
 from tasks.studies.zero_shot_items import CONTINUATION, LAST_WORD
 from tasks.studies.zero_shot_summary import ALL, NIRVANA, Line
 
@@ -22,9 +19,7 @@ WIDTH = 1040
 _MARGIN, _TOP, _PANEL, _GAP, _AXIS = 16, 62, 300, 28, 40
 _ROOM = 140  # pixels to the right of each panel for names
 _FOOT = 64  # and below it for the axis
-DPI = 144
 _ASIDE = 9.0  # pixels between the error bars of one ratio
-_LINE = 15  # pixels between names
 _MEASURES = {
     LAST_WORD: "right without a list of choices, percent",
     CONTINUATION: f"right among {CHOICES} endings, percent",
@@ -39,23 +34,13 @@ def draw(lines: Sequence[Line], png: Path) -> list[Path]:
         lines: `tasks.studies.zero_shot_summary.lines`.
         png: Where; the SVG takes the same name.
     """
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's matplotlibrc must not change the bytes
-        matplotlib.rcParams.update(_STYLE)
-        figure = _figure([line for line in lines if line.kind != ALL])
-        svg = png.with_suffix(".svg")
-        with atomic_file(svg) as temporary:
-            temporary.write_text(_svg(figure, "zero-shot") + "\n", encoding="utf-8")
-        with atomic_file(png) as temporary:
-            figure.set_dpi(DPI)
-            FigureCanvasAgg(figure).print_png(temporary)
-    return [png, svg]
+    return write_picture(png, "zero-shot", lambda: _figure([line for line in lines if line.kind != ALL]))
 
 
 def _figure(lines: Sequence[Line]) -> Figure:
     texts, kinds = ([*dict.fromkeys(getattr(line, name) for line in lines)] for name in ("text", "kind"))
     row = _TOP + _PANEL + _FOOT
-    figure = _canvas(WIDTH, row * len(texts) + 12)
+    figure = new_canvas(WIDTH, row * len(texts) + 12)
     width = (WIDTH - 2 * _MARGIN - _GAP) / 2
     for top, text in enumerate(texts):
         for column, kind in enumerate(kinds):
@@ -64,16 +49,16 @@ def _figure(lines: Sequence[Line]) -> Figure:
                 continue
             left = _MARGIN + column * (width + _GAP)
             title = f"{kind.capitalize()}: {mine[0].items:,} items of {text}"
-            _text(figure, left, row * top + 24, title, weight="bold")
-            _text(
+            write_text(figure, left, row * top + 24, title, weight="bold")
+            write_text(
                 figure, left, row * top + 42, _MEASURES.get(kind, "right, percent"), color=PALETTE["muted"], fontsize=11
             )
-            axes = _axes(figure, left + _AXIS, row * top + _TOP, WIDTH - left - width + _ROOM, _PANEL)
+            axes = add_axes(figure, left + _AXIS, row * top + _TOP, WIDTH - left - width + _ROOM, _PANEL)
             _panel(axes, mine, 1 / CHOICES if kind == CONTINUATION else None, width - _AXIS - _ROOM)
     note = "bars: 95 % intervals of the accuracy itself; all answer the same items, so differences are surer"
     if any(line.compensation == "least_squares" for line in lines):
         note += "; LS: output projections solved for by least squares"
-    _text(figure, _MARGIN + _AXIS, row * len(texts) + 2, note, color=PALETTE["muted"], fontsize=11)
+    write_text(figure, _MARGIN + _AXIS, row * len(texts) + 2, note, color=PALETTE["muted"], fontsize=11)
     return figure
 
 
@@ -111,7 +96,7 @@ def _panel(axes: Axes, lines: Sequence[Line], chance: float | None, pixels: floa
         mine = sorted(
             (x for x in pruned if (x.method, x.compensation) == (method, compensation)), key=lambda line: line.ratio
         )
-        look = {"linewidth": 1.5, "zorder": 3, **_LOOK.get(method, _OTHER)}
+        look = {"linewidth": 1.5, "zorder": 3, **METHOD_LOOKS.get(method, OTHER_LOOK)}
         first = (method, compensation) in (BEST, NIRVANA)
         plain = compensation == "none" and method in compensated
         aside = (number - (len(ways) - 1) / 2) * _ASIDE * unit
@@ -129,9 +114,10 @@ def _panel(axes: Axes, lines: Sequence[Line], chance: float | None, pixels: floa
             markersize=7,
             markerfacecolor=PALETTE["paper"] if plain else look["color"],
         )
-        name = _TITLES.get(method, method.replace("_", " ")) + _SHORT[compensation]
+        name = titled(method) + _SHORT[compensation]
         labels.append((name, values[-1], look["color"], "bold" if first else "normal"))
-    _name_lines(axes, labels, limits)
+    names = [End(name, (value - limits[0]) / (limits[1] - limits[0]) * _PANEL, *look) for name, value, *look in labels]
+    name_ends(axes, names, _PANEL, 16)
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}"))
     axes.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
@@ -142,7 +128,7 @@ def _panel(axes: Axes, lines: Sequence[Line], chance: float | None, pixels: floa
 
 def _rank(way: tuple[str, str]) -> tuple[int, str]:
     """Order the bars: ours, NIRVANA, then the rivals, each method beside itself with compensation."""
-    order = [*_LOOK]
+    order = [*METHOD_LOOKS]
     return (order.index(way[0]) if way[0] in order else len(order), way[1])
 
 
@@ -151,31 +137,3 @@ def _limits(lines: Sequence[Line], chance: float | None) -> tuple[float, float]:
     high = max(line.accuracy_high for line in lines)
     reach = max(high - low, 0.05)
     return max(0.0, low - 0.05 * reach), min(1.0, high + 0.05 * reach)
-
-
-def _name_lines(axes: Axes, labels: Sequence[tuple[str, float, str, str]], limits: tuple[float, float]) -> None:
-    """Write each name at the right of where its line ends, moved apart where they would touch."""
-    ordered = sorted(labels, key=lambda label: label[1])
-    wanted = [(value - limits[0]) / (limits[1] - limits[0]) * _PANEL for _, value, _, _ in ordered]
-    for (name, _, color, weight), end, place in zip(ordered, wanted, apart(wanted, _LINE, _PANEL), strict=True):
-        arrow: dict[str, Any] = {
-            "arrowstyle": "-",
-            "color": color,
-            "linewidth": 0.7,
-            "shrinkA": 1,
-            "shrinkB": 2,
-            "relpos": (0, 0.5),
-        }
-        axes.annotate(
-            name,
-            (1, end / _PANEL),
-            xycoords="axes fraction",
-            xytext=(16, place - end),
-            textcoords="offset points",
-            va="center",
-            color=color,
-            weight=weight,
-            fontsize=11,
-            annotation_clip=False,
-            arrowprops=arrow if abs(place - end) > 3 else None,
-        )

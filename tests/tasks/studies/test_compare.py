@@ -36,8 +36,9 @@ from tasks.studies import methods as registry
 from tasks.studies import store
 from tasks.studies.compare import Comparison, Settings, Text, Texts, measure
 from tasks.studies.leaderboard import Line, leaderboard, series, shown, verdict, write_leaderboard
-from tasks.studies.leaderboard_plot import apart, draw
+from tasks.studies.leaderboard_plot import draw
 from tasks.studies.methods import METHODS, SHORTGPT, SLICEGPT, allocate_for
+from tasks.studies.picture import apart
 from tasks.studies.texts import judged_on, texts_of_ids, texts_of_pipeline
 
 RATIO = 0.4

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -14,35 +13,21 @@ import numpy as np
 import pytest
 import torch
 from sweeps import counted
-from tiny import tiny_corpus, tiny_sentence
+from tiny import tiny_corpus, tiny_recipe
 
 from nirvana.architectures.registry import describe
 from nirvana.errors import InputError
-from nirvana.files import sha256_file, write_json
 from nirvana.walk import Stack
-from tasks.documents import Document, write_documents
 from tasks.params import load_params
 from tasks.studies import families, tiny_model
 from tasks.studies.compare import BEST, Comparison
 from tasks.studies.families import REFUSED, Settings
 from tasks.studies.families_plot import draw
 from tasks.studies.families_summary import bootstrap, lines_of, notes, series, table, verdict, write_lines
-from tasks.studies.tiny_model import FAMILIES, Recipe, build_model
+from tasks.studies.tiny_model import FAMILIES, build_model
 
 ROOT = Path(__file__).resolve().parents[3]
-RECIPE = Recipe(
-    vocabulary=128,
-    hidden=16,
-    layers=2,
-    kv_groups=2,
-    queries_per_kv=2,
-    head_dim=4,
-    neurons=24,
-    length=16,
-    batch=4,
-    steps=3,
-    warmup=2,
-)
+RECIPE = tiny_recipe(steps=3)
 SETTINGS = Settings(
     RECIPE,
     ("llama", "phi3"),
@@ -52,21 +37,6 @@ SETTINGS = Settings(
     compensation_sequences=6,
     windows=4,
 )
-
-
-@pytest.fixture
-def corpus(tmp_path, monkeypatch):
-    """A corpus of made-up speeches; the study's cache goes beside it."""
-    monkeypatch.chdir(tmp_path)
-    directory = tmp_path / "corpus"
-    directory.mkdir()
-    speeches = []
-    for number in range(60):
-        generator = random.Random(number)
-        speeches.append(Document(f"{number}", " ".join(tiny_sentence(generator) for _ in range(20))))
-    write_documents(directory / "documents.jsonl", speeches)
-    write_json(directory / "source.json", {"digest": f"sha256:{sha256_file(directory / 'documents.jsonl')}"})
-    return directory
 
 
 # --- models and texts -----------------------------------------------------------------------------------------

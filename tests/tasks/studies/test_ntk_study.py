@@ -1,17 +1,15 @@
 """The kernel study: K as defined, of exactly the weights that pruning may remove, and no part computed twice."""
 
 import csv
-import random
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny import random_ids, random_keep, tiny_llama, tiny_sentence
+from tiny import random_ids, random_keep, tiny_llama, tiny_recipe
 
 from nirvana.errors import InputError
-from nirvana.files import sha256_file, write_json
 from nirvana.loading import load_model
 from nirvana.methods import Scoring
 from nirvana.plan import Plan
@@ -19,27 +17,13 @@ from nirvana.saliency import channel_saliency
 from nirvana.surgery import prune
 from nirvana.walk import Stack
 from nirvana.weights import model_digest
-from tasks.documents import Document, write_documents
 from tasks.studies import ntk, ntk_run, store, tiny_model
 from tasks.studies.ntk_plot import draw
 from tasks.studies.ntk_summary import by_seed, curve_table, kernel_table, series, spread, verdict, write_tables
 from tasks.studies.store import cached
-from tasks.studies.tiny_model import Recipe
 from tasks.studies.tracking import record_study
 
-RECIPE = Recipe(
-    vocabulary=128,
-    hidden=16,
-    layers=2,
-    kv_groups=2,
-    queries_per_kv=2,
-    head_dim=4,
-    neurons=24,
-    length=16,
-    batch=4,
-    steps=6,
-    warmup=2,
-)
+RECIPE = tiny_recipe(steps=6)
 SETTINGS = ntk.Settings(
     RECIPE,
     seeds=2,
@@ -56,21 +40,6 @@ SETTINGS = ntk.Settings(
 @pytest.fixture(scope="module")
 def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("ntk") / "model")
-
-
-@pytest.fixture
-def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A corpus of made-up speeches; the study's cache goes beside it."""
-    monkeypatch.chdir(tmp_path)
-    directory = tmp_path / "corpus"
-    directory.mkdir()
-    speeches = []
-    for number in range(60):
-        generator = random.Random(number)
-        speeches.append(Document(f"{number}", " ".join(tiny_sentence(generator) for _ in range(20))))
-    write_documents(directory / "documents.jsonl", speeches)
-    write_json(directory / "source.json", {"digest": f"sha256:{sha256_file(directory / 'documents.jsonl')}"})
-    return directory
 
 
 # --- the kernel -----------------------------------------------------------------------------------------------
