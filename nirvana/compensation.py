@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from nirvana.architectures.architecture import Streams
 from nirvana.divergence import FORWARD_TOKENS
 from nirvana.errors import InputError
-from nirvana.projections import OutputProjection, Reached, output_projections, recorded_inputs
+from nirvana.projections import OutputProjection, Reached, output_projections, recorded_inputs, recorded_outputs
 from nirvana.slicing import Slicer
 from nirvana.walk import Ids, Stack, as_streams, microbatches, part_of
 
@@ -157,16 +157,13 @@ class _LayerPair:
     def _dense_writes(self, dense: list[Streams]) -> tuple[list[list[Tensor]], list[Streams]]:
         module = self.architecture.layer_module(self.layer)
         fused = self.architecture.fuse(self.layer, self.dense_weights)
+        biases = [self.dense_weights.get(projection.bias_name) for projection in self.projections]
         written, following = [], []
-        with recorded_inputs(module, self.paths) as seen:
+        with recorded_outputs(module, self.paths) as seen:
             for streams in dense:
                 following.append(self._run(module, streams, fused))
-                written.append(
-                    [
-                        seen[path] @ self.dense_weights[projection.name].T
-                        for path, projection in zip(self.paths, self.projections, strict=True)
-                    ]
-                )
+                outputs = [seen[path] for path in self.paths]
+                written.append([x if bias is None else x - bias for x, bias in zip(outputs, biases, strict=True)])
         return written, following
 
     def _entering(self, streams: Streams, index: int) -> Tensor:

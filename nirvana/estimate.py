@@ -7,7 +7,7 @@ are the kernel's to drop and do not count. The formulas are in `nirvana.estimate
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +28,17 @@ from nirvana.estimate_memory import (
 from nirvana.estimate_sizes import Sizes, Workload
 from nirvana.walk import Execution, Memory
 
-__all__ = ["FITS", "Sizes", "StepEstimate", "Workload", "choose", "device_bytes", "estimate", "matmul_rate"]
+__all__ = [
+    "FITS",
+    "Sizes",
+    "StepEstimate",
+    "Workload",
+    "choose",
+    "choose_workers",
+    "device_bytes",
+    "estimate",
+    "matmul_rate",
+]
 
 FITS = 0.6
 """Share of the available memory that a way of computing may fill to be chosen."""
@@ -36,6 +46,8 @@ SLOWEST = 4.0
 """How many times the plain arithmetic a step may take: memory traffic, small operations, a busy machine."""
 START_SECONDS = 8.0
 """Imports."""
+WORTH_A_WORKER = 5e11
+"""Operations of all candidates' forwards: with fewer, one process is done before another has started."""
 
 READ_BYTES_PER_SECOND = 2e9
 """Of files that are still in memory, as after a download or a first pass."""
@@ -138,8 +150,8 @@ class _Steps:
     def compensation(self) -> Iterator[StepEstimate]:
         sizes = self.sizes
         tokens = self.work.compensation_sequences * self.work.compensation_length
-        # the dense layer and what it writes; the pruned one up to either projection, then as a whole
-        walked = tokens * self.body * (4 / 3 + 7 / 3 * self.kept)
+        # the dense layer; the pruned one up to either projection, then what they write
+        walked = tokens * self.body * (1 + 7 / 3 * self.kept)
         hidden, columns = sizes.hidden, self.kept * sizes.written_from
         gathered = sum(2 * tokens * (width**2 + 3 * width * hidden) for width in (hidden, columns))
         solved = 2 * (2 / 3 * columns**3 + 2 * columns**2 * hidden)  # float64 takes twice as long
@@ -223,16 +235,43 @@ def choose(
     sizes, on_cpu = Sizes.of(model_directory), device.type == "cpu"
     free = FITS * device_bytes(device)
     allowed = [way for way in _WAYS if execution in ("auto", way[0]) and memory in ("auto", way[1])]
-    for way in allowed:
-        if work.saliency == "fisher":  # it has one way of memory
-            peak = fisher_bytes(sizes, work, way[0], on_cpu)
-        else:
-            peak = saliency_bytes(sizes, work, *way, on_cpu=on_cpu)
-        if work.compensation_sequences:
-            peak = max(peak, compensation_bytes(sizes, work, way[0], on_cpu))
-        if work.workers * peak <= free:
-            return way
-    return allowed[-1]
+    return next((way for way in allowed if work.workers * _peak(sizes, work, way, on_cpu) <= free), allowed[-1])
+
+
+def choose_workers(
+    model_directory: Path | str,
+    work: Workload,
+    device: torch.device,
+    execution: Literal["auto", "resident", "streamed"],
+    memory: Literal["auto", "fast", "lean"],
+    most: int,
+) -> int:
+    """Return how many workers should share the candidates, each computing in the way that one alone would choose.
+
+    Args:
+        model_directory: The model.
+        work: How much is asked for; its `workers` do not count. Too little is for one.
+        device: Where they compute.
+        execution: As in params.yaml, `runtime.execution`.
+        memory: As in params.yaml, `runtime.memory`.
+        most: No more than these, even where more would fit; at least 1.
+    """
+    sizes, alone = Sizes.of(model_directory), replace(work, workers=1)
+    if 2 * sizes.weights * work.pool_size * work.sequences * work.sequence_length < WORTH_A_WORKER:
+        return 1
+    peak = _peak(sizes, alone, choose(model_directory, alone, device, execution, memory), device.type == "cpu")
+    return max(1, min(most, int(FITS * device_bytes(device) / peak)))
+
+
+def _peak(sizes: Sizes, work: Workload, way: tuple[Execution, Memory], on_cpu: bool) -> int:
+    """Return what one process takes at most, of the steps whose way is chosen."""
+    if work.saliency == "fisher":  # it has one way of memory
+        peak = fisher_bytes(sizes, work, way[0], on_cpu)
+    else:
+        peak = saliency_bytes(sizes, work, *way, on_cpu=on_cpu)
+    if work.compensation_sequences:
+        peak = max(peak, compensation_bytes(sizes, work, way[0], on_cpu))
+    return peak
 
 
 def device_bytes(device: torch.device) -> int:

@@ -27,6 +27,11 @@ class OutputProjection:
         """Full name of the matrix in the checkpoint."""
         return self.slot.parameter
 
+    @property
+    def bias_name(self) -> str:
+        """Full name of what the matrix's module adds, where it has a bias."""
+        return self.name.removesuffix("weight") + "bias"
+
     def path_in(self, architecture: Architecture) -> str:
         """Return where the layer's module has the submodule that multiplies by the matrix."""
         return self.name.removeprefix(architecture.layer_prefix(self.site.layer)).removesuffix(".weight")
@@ -80,6 +85,31 @@ def recorded_inputs(module: nn.Module, paths: Sequence[str], stop: bool = False)
     handles = [
         module.get_submodule(path).register_forward_pre_hook(
             lambda _, arguments, path=path: keep(path, arguments)  # type: ignore[misc]
+        )
+        for path in paths
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def recorded_outputs(module: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Keep what leaves some submodules in each forward until the context ends.
+
+    Args:
+        module: A layer.
+        paths: Submodules of it.
+
+    Yields:
+        The last output of each, by path.
+    """
+    seen: dict[str, Tensor] = {}
+    handles = [
+        module.get_submodule(path).register_forward_hook(
+            lambda _, arguments, output, path=path: seen.__setitem__(path, output)  # type: ignore[misc]
         )
         for path in paths
     ]

@@ -45,6 +45,7 @@ def run_jobs(
     jobs: Sequence[Job],
     is_valid: Callable[[Job], bool],
     runtime: "Runtime",
+    workers: int,
     device: torch.device,
     description: str,
 ) -> None:
@@ -55,6 +56,7 @@ def run_jobs(
         jobs: One a candidate.
         is_valid: Whether a job's result is whole.
         runtime: Who computes.
+        workers: What `runtime.workers` stands for here.
         device: What `runtime.device` stands for here.
         description: What the progress bar says.
 
@@ -72,7 +74,7 @@ def run_jobs(
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} candidates [{elapsed}<{remaining}]",
     ) as bar:
         if todo:
-            runners.run(worker, todo, runtime, device, _store, bar.update)
+            runners.run(worker, todo, runtime, workers, device, _store, bar.update)
 
 
 def _store(job: Job, value: bytes) -> None:

@@ -37,7 +37,7 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
     candidates = read_ids(inputs["candidates"])
     digest = model_digest(inputs["model"])
     work = {"microbatch": params.saliency.microbatch, "saliency": method, "draws": params.saliency.draws}
-    execution, memory = chosen_way(params, inputs["model"], candidates, device, **work)
+    way = chosen_way(params, inputs["model"], candidates, device, len(candidates[0]), **work)
     jobs = []
     for index in range(len(candidates[0])):
         key = candidate_key(
@@ -56,11 +56,19 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
             "method": method,
             "draws": params.saliency.draws,
             "microbatch": params.saliency.microbatch,
-            "execution": execution,
-            "memory": memory,
+            "execution": way.execution,
+            "memory": way.memory,
         }
         jobs.append(Job(index, CACHE / f"{key}.safetensors", files, arguments))
-    run_jobs(_collect, jobs, lambda job: _is_valid(job.result, expected), params.runtime, device, "collect gradients")
+    run_jobs(
+        _collect,
+        jobs,
+        lambda job: _is_valid(job.result, expected),
+        params.runtime,
+        way.workers,
+        device,
+        "collect gradients",
+    )
     with atomic_directory(outputs["channel_saliency"]) as directory:
         for job in jobs:
             shutil.copyfile(job.result, directory / f"candidate_{job.index:03d}.safetensors")

@@ -6,7 +6,7 @@ The flow shows it before the first step that walks the model, once for each mode
 import hashlib
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +43,7 @@ def shown_file(params: "Params") -> Path | None:
 
 
 def workload(params: "Params") -> "Workload":
-    """Return what params.yaml asks of the steps."""
+    """Return what params.yaml asks of the steps, whoever shares it."""
     from nirvana.estimate import Workload
 
     compensated = params.compensation.method != "none"
@@ -68,7 +68,6 @@ def workload(params: "Params") -> "Workload":
         batch_size=params.evaluation.batch_size,
         lm_eval=bool(params.evaluation.tasks),
         prompt_length=params.benchmark.prompt_length,
-        workers=params.runtime.workers if params.runtime.scheduler is None else 1,
     )
 
 
@@ -82,6 +81,7 @@ def main() -> None:
     from nirvana.estimate import choose, device_bytes, estimate
     from nirvana.estimate_table import estimate_table
     from nirvana.files import atomic_file
+    from tasks.way_of_computing import workers_of
 
     params = load_params()
     file = shown_file(params)
@@ -89,6 +89,7 @@ def main() -> None:
         raise InputError(f"expected a model in {MODEL}, found none; run `dvc repro fetch_model` first")
     fix_torch(params.compute.threads)
     device, work = resolve_device(params.runtime.device), workload(params)
+    work = replace(work, workers=workers_of(params.runtime, MODEL, work, device))
     execution, memory = choose(MODEL, work, device, params.runtime.execution, params.runtime.memory)
     free = device_bytes(device)
     text = StringIO()

@@ -62,7 +62,7 @@ def evaluate_checkpoint(
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
     config = load_config(checkpoint)
     judged = perplexity_text(tokenizer, config, documents, asked.window, asked.perplexity_tokens)
-    execution, _ = chosen_way(params, checkpoint, [torch.empty(1, asked.window)], device)
+    execution = chosen_way(params, checkpoint, [torch.empty(1, asked.window)], device).execution
     # where there are sentinels, a blank is what the model was trained to fill
     blank = "<extra_id_0>" if judged.kind == SPANS else None
     # everything that can be wrong with the input is found before the model is loaded

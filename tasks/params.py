@@ -75,6 +75,10 @@ Source = Annotated[
 Regex = Annotated[str, AfterValidator(_check_regex), Field(strict=True, description="a regular expression or null")]
 Text = Annotated[str, Field(strict=True, min_length=1, description="a non-empty text")]
 Count = Annotated[int, Field(strict=True, ge=1, description="a whole number of 1 or more")]
+Workers = Annotated[
+    Annotated[int, Field(strict=True, ge=1)] | Literal["auto"],
+    Field(description="a whole number of 1 or more, or auto"),
+]
 Natural = Annotated[int, Field(strict=True, ge=0, description="a whole number of 0 or more")]
 Ratio = Annotated[float, Field(strict=True, ge=0, lt=1, allow_inf_nan=False, description="a number in [0, 1)")]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False, description="a finite number above 0")]
@@ -258,7 +262,7 @@ class Runtime:
     execution: Annotated[Literal["auto", "resident", "streamed"], Field(description="auto, resident or streamed")]
     memory: Annotated[Literal["auto", "fast", "lean"], Field(description="auto, fast or lean")]
     runner: Annotated[Literal["processes", "dask"], Field(description="processes or dask")]
-    workers: Count
+    workers: Workers
     scheduler: Address | None
 
     @model_validator(mode="after")

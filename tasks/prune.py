@@ -34,7 +34,7 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
     if not plain:
         sequences, length = read_ids(inputs["compensation_ids"])[0].shape
         solving = {"compensation_sequences": sequences, "compensation_length": length}
-    execution, _ = chosen_way(params, inputs["model"], read_ids(inputs["heldout"]), device, **solving)
+    execution = chosen_way(params, inputs["model"], read_ids(inputs["heldout"]), device, **solving).execution
     with tqdm(desc="compensate", unit="layer", disable=plain) as layers, tqdm(desc="prune", unit="tensor") as tensors:
         prune(
             inputs["model"],

@@ -15,6 +15,7 @@ def run(
     worker: Worker,
     jobs: Sequence[Job],
     runtime: "Runtime",
+    workers: int,
     device: torch.device,
     finish: Finish,
     progress: Progress,
@@ -24,6 +25,7 @@ def run(
     Args:
         worker: A function of a module: other processes import it by name.
         runtime: Says who computes.
+        workers: What `runtime.workers` stands for here.
         device: What `runtime.device` stands for here.
         finish: Called in this process, in the order in which values arrive.
         progress: Called with shares of jobs as they are done.
@@ -41,14 +43,14 @@ def run(
     if runtime.runner == "dask":
         from tasks.dask_pool import run_in_dask  # takes a second to import
 
-        run_in_dask(worker, jobs, runtime.workers, runtime.scheduler, device, threads, finish_whole)
-    elif runtime.workers == 1 or len(jobs) == 1:
+        run_in_dask(worker, jobs, workers, runtime.scheduler, device, threads, finish_whole)
+    elif workers == 1 or len(jobs) == 1:
         for job in jobs:
             finish(job, worker(job, str(device), progress))
     else:
         from tasks.process_pool import run_in_processes
 
-        devices = slot_devices(device, runtime.workers, _gpu_count(device))
+        devices = slot_devices(device, workers, _gpu_count(device))
         run_in_processes(worker, jobs, devices, threads, finish_whole)
 
 

@@ -33,9 +33,10 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
     device = resolve_device(params.runtime.device)
     architecture = Stack.open(inputs["model"]).architecture
     digest, heldout = model_digest(inputs["model"]), sha256_file(inputs["heldout"])
-    execution, _ = chosen_way(params, inputs["model"], read_ids(inputs["heldout"]), device)
+    scored = candidate_files(inputs["unit_saliency"])
+    way = chosen_way(params, inputs["model"], read_ids(inputs["heldout"]), device, len(scored))
     jobs = []
-    for index, file in enumerate(candidate_files(inputs["unit_saliency"])):
+    for index, file in enumerate(scored):
         # allocated here, before any forward: a ratio that cannot be reached is an error at once
         keep = allocate_as_asked(architecture, read_unit_saliency(file), params.allocation)
         ranges = {name: to_ranges(indices) for name, indices in keep.items()}
@@ -48,9 +49,9 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
             device=device.type,
         )
         files = {name: inputs[name] for name in ("model", "heldout")}
-        arguments = {"digests": (digest, heldout), "keep": ranges, "execution": execution}
+        arguments = {"digests": (digest, heldout), "keep": ranges, "execution": way.execution}
         jobs.append(Job(index, CACHE / f"{key}.json", files, arguments))
-    run_jobs(_score, jobs, lambda job: _read(job.result) is not None, params.runtime, device, "score pool")
+    run_jobs(_score, jobs, lambda job: _read(job.result) is not None, params.runtime, way.workers, device, "score pool")
     scores = [_read(job.result) for job in jobs]
     _write(np.array(scores, dtype=np.float64), outputs)
     forget(jobs)

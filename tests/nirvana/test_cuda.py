@@ -122,7 +122,7 @@ def test_processes_take_one_gpu_each(tmp_path):
     jobs = [Job(index, Path(f"{index}"), {}, {"folder": str(tmp_path)}) for index in range(4)]
     found = set()
     runners.run(
-        toy_workers.gpu, jobs, runtime, torch.device("cuda"), lambda job, value: found.add(value), lambda share: None
+        toy_workers.gpu, jobs, runtime, 2, torch.device("cuda"), lambda job, value: found.add(value), lambda share: None
     )
     assert found == {b"cuda:0 0", b"cuda:1 1"}
 

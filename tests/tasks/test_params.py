@@ -116,7 +116,7 @@ def test_parameters_are_frozen() -> None:
         ),
         ("evaluation.tasks", "cloze", "evaluation.tasks: expected a list of lm-eval task names"),
         ("evaluation.limit", 0, "evaluation.limit: expected a whole number of 1 or more, or null, got 0"),
-        ("runtime.workers", 0, "runtime.workers: expected a whole number of 1 or more, got 0"),
+        ("runtime.workers", 0, "runtime.workers: expected a whole number of 1 or more, or auto, got 0"),
         ("runtime.device", "gpu", "runtime.device: expected auto, cpu or cuda, got 'gpu'"),
         ("runtime.execution", "fast", "runtime.execution: expected auto, resident or streamed, got 'fast'"),
         ("runtime.memory", "streamed", "runtime.memory: expected auto, fast or lean, got 'streamed'"),
@@ -214,7 +214,7 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
 
 def test_a_step_reads_only_what_it_declares() -> None:
     view = restrict(load_params(ROOT / "params.yaml"), ["calibration", "evaluation.window"], "sample_pool")
-    assert (view.calibration.pool_size, view.evaluation.window, view.runtime.workers) == (6, 512, 1)
+    assert (view.calibration.pool_size, view.evaluation.window, view.runtime.workers) == (6, 512, "auto")
     with pytest.raises(UndeclaredParameterError, match="sample_pool: evaluation reads `limit`"):
         _ = view.evaluation.limit
     with pytest.raises(UndeclaredParameterError, match="sample_pool reads `allocation`"):

@@ -37,7 +37,15 @@ def run(worker, jobs, runtime):
     """Return the values by index, in the order in which they came."""
     values, shares = {}, []
     try:
-        runners.run(worker, jobs, runtime, CPU, lambda job, value: values.update({job.index: value}), shares.append)
+        runners.run(
+            worker,
+            jobs,
+            runtime,
+            runtime.workers,
+            CPU,
+            lambda job, value: values.update({job.index: value}),
+            shares.append,
+        )
     except Exception as error:
         error.values = values
         raise
@@ -277,4 +285,4 @@ def test_scheduler_without_workers_and_one_that_goes_away(tmp_path, monkeypatch)
                 kill()
 
             with pytest.raises(InputError, match="expected the Dask scheduler to stay, lost it"):
-                runners.run(toy_workers.short, make_jobs(tmp_path), runtime, CPU, finish, lambda share: None)
+                runners.run(toy_workers.short, make_jobs(tmp_path), runtime, 1, CPU, finish, lambda share: None)
