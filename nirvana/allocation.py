@@ -4,7 +4,8 @@ Ranking is global over layers, separately for KV groups and for MLP neurons. Wit
 and MLP, ratio r and γ = MLP rate ÷ attention rate:  p_attn = r·(A+M)/(A+γM),  p_mlp = γ·p_attn.
 
 Saliency that is comparable between attention and MLP (mask Fisher) needs no γ: all units form one list, in the order of
-their saliency a weight.
+their saliency a weight. A KV group is so large a unit that a second-order estimate says too little of it, so its
+saliency may count several times (docs/results.md).
 
 Sites that must keep equally many units (the experts of a layer) are ranked as one: its n-th unit is the n-th best of
 each of them.
@@ -42,6 +43,7 @@ def allocate(
     scope: Scope = "global",
     loadable_kv_groups: Callable[[int], bool] = lambda kept: True,
     ranking: Ranking = "modules",
+    attention_factor: float = 1.0,
 ) -> Keep:
     """Return which units stay.
 
@@ -58,6 +60,7 @@ def allocate(
         loadable_kv_groups: For `uniform`: whether a stock configuration accepts that many KV groups.
         ranking: `modules` ranks KV groups and neurons separately, their rates `gamma` apart; `joint` ranks all units
             together by saliency a weight. With scope `uniform` a joint ranking gives the two rates.
+        attention_factor: How many times the saliency of a KV group counts in a joint ranking, above 0.
 
     Returns:
         Sorted indices of the kept units by site name.
@@ -70,7 +73,7 @@ def allocate(
     if scope == "uniform":
         saliency = _aligned(sites, saliency)
     ranked, ranked_saliency = _merged(sites, saliency)
-    request = _Request(ranked, ranked_saliency, pruning_ratio, gamma, round_to)
+    request = _Request(ranked, ranked_saliency, pruning_ratio, gamma, round_to, attention_factor)
     request.check()
     if rule == "published" and (scope == "uniform" or ranking == "joint"):
         raise InputError(
@@ -173,12 +176,17 @@ class _Request:
     pruning_ratio: float
     gamma: float
     round_to: int
+    attention_factor: float
 
     def check(self) -> None:
         if not 0 <= self.pruning_ratio < 1:
             raise InputError(f"pruning_ratio: expected 0 <= ratio < 1, got {self.pruning_ratio}; choose e.g. 0.2")
         if not (self.gamma > 0 and np.isfinite(self.gamma)):
             raise InputError(f"gamma: expected a finite number above 0, got {self.gamma}; choose e.g. 3.36")
+        if not (self.attention_factor > 0 and np.isfinite(self.attention_factor)):
+            raise InputError(
+                f"attention_factor: expected a finite number above 0, got {self.attention_factor}; choose e.g. 2"
+            )
         for site in self.sites:
             if site.module == "mlp" and not 1 <= self.round_to <= site.units:
                 raise InputError(
@@ -305,11 +313,12 @@ def _neurons_for(request: _Request, layers: Sequence[Site], target: float) -> di
 def _joint(request: _Request) -> dict[str, int]:
     """Bisect the number of condemned units of one list until the ratio is met; neurons make up for whole groups."""
     sites = request.sites
-    per_weight = {site.name: request.saliency[site.name] / np.float32(site.weights_per_unit) for site in sites}
     values, owners = [], []
     for position, site in enumerate(sites):
         least = 1 if site.module == "attention" else min(request.round_to, site.units)
-        values.append(np.sort(per_weight[site.name], kind="stable")[: site.units - least])
+        factor = np.float32(request.attention_factor if site.module == "attention" else 1)
+        per_weight = request.saliency[site.name] * factor / np.float32(site.weights_per_unit)
+        values.append(np.sort(per_weight, kind="stable")[: site.units - least])
         owners.append(np.full(values[-1].shape, position))
     order = np.concatenate(owners)[np.argsort(np.concatenate(values), kind="stable")]
 

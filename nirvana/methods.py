@@ -53,3 +53,5 @@ class Method:
     """First and last layers that lose nothing."""
     source: str = ""
     """Paper and code that it follows."""
+    attention_factor: float = 1.0
+    """How many times a KV group's saliency counts, for the ranking `joint`."""

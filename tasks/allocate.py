@@ -44,6 +44,7 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
             "pruning_ratio": allocation.pruning_ratio,
             "ranking": allocation.ranking,
             "gamma": allocation.gamma if allocation.ranking == "modules" else None,
+            "attention_factor": allocation.attention_factor if allocation.ranking == "joint" else None,
             "round_to": allocation.round_to,
             "rule": allocation.rule,
             "scope": allocation.scope,

@@ -157,6 +157,7 @@ class Allocation:
     pruning_ratio: Ratio
     ranking: Annotated[Literal["modules", "joint"], Field(description="modules or joint, or null for the preset's")]
     gamma: Positive
+    attention_factor: Positive
     round_to: Count
     rule: Annotated[Literal["exact", "published"], Field(description="exact or published")]
     scope: Annotated[Literal["global", "uniform"], Field(description="global or uniform")]

@@ -54,5 +54,6 @@ def allocate_as_asked(
         rule=allocation.rule,
         scope=allocation.scope,
         ranking=allocation.ranking,
+        attention_factor=allocation.attention_factor,
         loadable_kv_groups=functools.partial(loadable_kv_groups, architecture),
     )

@@ -51,6 +51,7 @@ def _uniform_plan(source: Source, saliency: dict[str, NDArray[np.float32]], sali
         ratio, round_to = float(asked["pruning_ratio"]), int(asked["round_to"])
         ranking: Ranking = "joint" if asked.get("ranking") == "joint" else "modules"
         gamma = 1.0 if ranking == "joint" else float(asked["gamma"])  # a joint ranking has none
+        attention_factor = float(asked.get("attention_factor") or 1)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(
             f"uniform: expected a plan with the parameters pruning_ratio, gamma and round_to, got one without "
@@ -65,6 +66,7 @@ def _uniform_plan(source: Source, saliency: dict[str, NDArray[np.float32]], sali
         rule="exact",
         scope="uniform",
         ranking=ranking,
+        attention_factor=attention_factor,
         loadable_kv_groups=functools.partial(loadable_kv_groups, architecture),
     )
     return Plan.build(

@@ -35,7 +35,13 @@ SLICEGPT = "slicegpt"
 WITHOUT_UNITS = (SHORTGPT, SLICEGPT)
 METHODS: dict[str, Method] = {
     "nirvana": Method("nirvana", scorers.nirvana, "modules", gamma=3.36, source="arXiv 2509.14230"),
-    "fisher": Method("fisher", scorers.fisher, "joint", source="mask Fisher, arXiv 2204.09656; see nirvana.fisher"),
+    "fisher": Method(
+        "fisher",
+        scorers.fisher,
+        "joint",
+        attention_factor=2.0,
+        source="mask Fisher, arXiv 2204.09656; see nirvana.fisher",
+    ),
     **baselines.METHODS,
 }
 NAMES = (*METHODS, *WITHOUT_UNITS)
@@ -69,7 +75,7 @@ def allocate_for(
     """Return which units stay when a method has to meet a ratio.
 
     Args:
-        method: Its ranking, gamma and protected layers decide.
+        method: Its ranking, gamma, attention factor and protected layers decide.
         sites: Where units live, in walk order.
         saliency: Unit saliency by site name.
         ratio: Share of all block weights that leaves, protected layers included.
@@ -88,7 +94,16 @@ def allocate_for(
         raise InputError(f"{method.name}: expected layers beside the {sum(protected)} protected ones, got none")
     share = ratio * (sum(site.weights for site in sites) / sum(site.weights for site in inner))
     whole = {site.name: np.arange(site.units, dtype=np.int64) for site in sites}
-    return whole | allocate(inner, saliency, share, method.gamma, round_to, rule, ranking=method.ranking)
+    return whole | allocate(
+        inner,
+        saliency,
+        share,
+        method.gamma,
+        round_to,
+        rule,
+        ranking=method.ranking,
+        attention_factor=method.attention_factor,
+    )
 
 
 @dataclass(frozen=True)

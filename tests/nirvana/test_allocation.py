@@ -259,6 +259,17 @@ def test_joint_by_hand():
     # 12 weights more: the four cheap neurons
     keep = allocate(sites, saliency, 0.375, 1.0, round_to=2, ranking="joint")
     assert [keep[f"layers.{layer}.mlp_neuron"].tolist() for layer in range(2)] == [[2, 3, 4, 5, 6, 7]] * 2
+    # counted twice, the groups are worth 1/6 a weight: the cheap neurons leave first
+    keep = allocate(sites, saliency, 0.125, 1.0, round_to=2, ranking="joint", attention_factor=2.0)
+    assert [len(keep[f"layers.{layer}.kv_group"]) for layer in range(2)] == [2, 2]
+    assert [keep[f"layers.{layer}.mlp_neuron"].tolist() for layer in range(2)] == [[2, 3, 4, 5, 6, 7]] * 2
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf")])
+def test_odd_attention_factors_are_refused(factor):
+    sites = make_sites()
+    with pytest.raises(InputError, match="attention_factor: expected a finite number above 0"):
+        allocate(sites, ascending(sites), 0.2, 1.0, ranking="joint", attention_factor=factor)
 
 
 def test_joint_does_not_read_gamma():
