@@ -9,20 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.study import (
-    TOKENS,
-    Asked,
-    IdsOption,
-    ModelOption,
-    Outcome,
-    RatiosOption,
-    ThreadsOption,
-    TokensOption,
-    numbers,
-    one_line_errors,
-    run,
-    study,
-)
+from flows.options import TOKENS, IdsOption, ModelOption, RatiosOption, ThreadsOption, TokensOption, numbers
+from flows.outcome import Outcome
+from flows.study import Asked, one_line_errors, run, study
 from flows.sweep import sweep
 from nirvana.errors import InputError
 

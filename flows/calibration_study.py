@@ -12,24 +12,9 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from flows.study import (
-    PICTURES,
-    TOKENS,
-    Asked,
-    CorpusOption,
-    ModelOption,
-    Outcome,
-    ThreadsOption,
-    TokensOption,
-    as_table,
-    bring,
-    one_line_errors,
-    record,
-    run,
-    set_environment,
-    study,
-    task,
-)
+from flows.options import TOKENS, CorpusOption, ModelOption, ThreadsOption, TokensOption
+from flows.outcome import Outcome, as_table
+from flows.study import PICTURES, Asked, bring, one_line_errors, record, run, set_environment, study, task
 from nirvana.errors import InputError
 from tasks.params import load_params
 from tasks.registry import paths

@@ -11,24 +11,25 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.study import (
+from flows.options import (
     COMPENSATION_SEQUENCES,
-    PICTURES,
     TOKENS,
-    Asked,
     CompensationSequencesOption,
     IdsOption,
     JudgeOption,
     ModelOption,
-    Outcome,
     RatiosOption,
-    Subject,
     ThreadsOption,
     TokensOption,
-    as_table,
-    fitted_on,
     names,
     numbers,
+)
+from flows.outcome import Outcome, as_table
+from flows.study import (
+    PICTURES,
+    Asked,
+    Subject,
+    fitted_on,
     one_line_errors,
     record,
     run,

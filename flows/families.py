@@ -11,21 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.study import (
-    PICTURES,
-    Outcome,
-    ProcessesOption,
-    RatiosOption,
-    as_table,
-    get_run_logger,
-    names,
-    numbers,
-    one_line_errors,
-    record,
-    run,
-    study,
-    task,
-)
+from flows.options import ProcessesOption, RatiosOption, names, numbers
+from flows.outcome import Outcome, as_table
+from flows.study import PICTURES, get_run_logger, one_line_errors, record, run, study, task
 from nirvana.files import read_json
 from tasks.params import load_params
 from tasks.process import prepare_environment

@@ -12,23 +12,25 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.study import (
+from flows.options import (
     COMPENSATION_SEQUENCES,
-    PICTURES,
     TOKENS,
-    Asked,
     CompensationSequencesOption,
     IdsOption,
     ModelOption,
-    Outcome,
-    Subject,
     ThreadsOption,
     TokensOption,
     WaysOption,
-    as_table,
+    numbers,
+    ways,
+)
+from flows.outcome import Outcome, as_table
+from flows.study import (
+    PICTURES,
+    Asked,
+    Subject,
     bring,
     fitted_on,
-    numbers,
     one_line_errors,
     record,
     run,
@@ -37,7 +39,6 @@ from flows.study import (
     subject,
     task,
     text_parameters,
-    ways,
 )
 from nirvana.errors import InputError
 from tasks.params import load_params

@@ -9,21 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.study import (
-    TOKENS,
-    Asked,
-    IdsOption,
-    ModelOption,
-    Outcome,
-    RatiosOption,
-    ThreadsOption,
-    TokensOption,
-    names,
-    numbers,
-    one_line_errors,
-    run,
-    study,
-)
+from flows.options import TOKENS, IdsOption, ModelOption, RatiosOption, ThreadsOption, TokensOption, names, numbers
+from flows.outcome import Outcome
+from flows.study import Asked, one_line_errors, run, study
 from flows.sweep import sweep
 
 QUICK: dict[str, Any] = {"ratios": (0.1, 0.2)}

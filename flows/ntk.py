@@ -11,7 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.study import PICTURES, Outcome, ProcessesOption, as_table, get_run_logger, record, run, study, task
+from flows.options import ProcessesOption
+from flows.outcome import Outcome, as_table
+from flows.study import PICTURES, get_run_logger, record, run, study, task
 from tasks.params import load_params
 from tasks.process import prepare_environment
 

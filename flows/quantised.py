@@ -11,21 +11,22 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.study import (
+from flows.options import (
     COMPENSATION_SEQUENCES,
-    PICTURES,
     TOKENS,
-    Asked,
     CompensationSequencesOption,
     IdsOption,
     ModelOption,
-    Outcome,
     RatiosOption,
-    Subject,
     ThreadsOption,
     TokensOption,
-    as_table,
     numbers,
+)
+from flows.outcome import Outcome, as_table
+from flows.study import (
+    PICTURES,
+    Asked,
+    Subject,
     one_line_errors,
     record,
     run,

@@ -17,22 +17,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import flows.environment as environment  # before prefect, which reads it when imported
 
 # isort: split
-import typer
 from prefect import Flow, State, flow, get_run_logger
 from prefect import task as prefect_task
 from prefect.cache_policies import NO_CACHE
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed, Failed
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from flows.leash import hold_temporary_server
+from flows.options import COMPENSATION_SEQUENCES, QUICK_TOKENS, TOKENS
+from flows.outcome import Outcome, show
 from flows.step import StepFailedError, bring_up_to_date
 from nirvana.errors import InputError
 from tasks.params import load_params
@@ -40,34 +39,12 @@ from tasks.process import ERROR_PREFIX, prepare_environment
 from tasks.registry import paths
 
 PICTURES = Path("reports/studies")
-TOKENS, COMPENSATION_SEQUENCES = 4096, 32
-QUICK_TOKENS = 2048
 _FEWEST = 2
 """Evaluation tokens that are read and not used."""
-_BEST = "fisher+least_squares"
-"""What `best` stands for among methods."""
 _WAIT_SECONDS = 3600
 REFUSED = "Refused"
 """State of a step whose input cannot be; any other error is ours, and shows where it comes from."""
 _INTERRUPTED = "interrupted; run the same command again, finished parts stay"
-
-RatiosOption = Annotated[str | None, typer.Option(help="Pruning ratios, e.g. 0.2,0.4.")]
-WaysOption = Annotated[str | None, typer.Option(help=f"Methods, e.g. nirvana,best,flap+bias; best is {_BEST}.")]
-IdsOption = Annotated[
-    Path | None, typer.Option(help="Directory of JSON files of token ids, in place of the pipeline's text.")
-]
-JudgeOption = Annotated[
-    Path | None,
-    typer.Option(help="Token ids (.json) or text (.txt, .jsonl) to judge on, in place of the evaluation split."),
-]
-CorpusOption = Annotated[
-    Path | None, typer.Option(help="Directory with documents.jsonl, in place of the pipeline's corpus.")
-]
-ModelOption = Annotated[Path | None, typer.Option(help="Model directory, in place of the pipeline's.")]
-TokensOption = Annotated[int, typer.Option(min=2, help="Evaluation tokens.")]
-CompensationSequencesOption = Annotated[int, typer.Option(min=1, help="Sequences that compensation is fitted on.")]
-ProcessesOption = Annotated[int, typer.Option(min=1, help="Models worked on at a time.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Intra-op threads; params.yaml's by default.")]
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -108,25 +85,6 @@ class Subject(NamedTuple):
     texts: Any
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a study ends in.
-
-    Attributes:
-        tables: Printed first.
-        conclusion: Sentences; the first is the flow's message.
-        files: What was written.
-        run_id: Of the MLflow parent.
-        notes: Lines under the tables.
-    """
-
-    tables: Sequence[Table]
-    conclusion: Sequence[str]
-    files: Sequence[Path]
-    run_id: str
-    notes: Sequence[str] = ()
-
-
 def task(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Make a step of a study a Prefect task; tasks.studies.store remembers what it finds, Prefect does not.
 
@@ -162,7 +120,7 @@ def study(function: Callable[..., Outcome]) -> Flow[..., Any]:
             outcome = function(*arguments, **named)
         except InputError as error:
             return Failed(message=str(error))
-        _show(outcome)
+        show(outcome)
         Console().print(f"main job: {time.monotonic() - start:.0f} s", highlight=False)
         return Completed(message=outcome.conclusion[0])
 
@@ -255,64 +213,7 @@ def text_parameters(texts: Any) -> dict[str, Any]:
     return {"text": digests, "sequences_and_tokens": {name: list(getattr(texts, name).ids.shape) for name in names}}
 
 
-# --- what is read and shown -------------------------------------------------------------------------------------
-
-
-def numbers(option: str, text: str, below: float = 1.0) -> tuple[float, ...]:
-    """Read comma-separated numbers between 0 and `below`.
-
-    Raises:
-        InputError: If there are others.
-    """
-    try:
-        values = tuple(dict.fromkeys(float(part) for part in text.split(",")))
-    except ValueError:
-        values = ()
-    if not values or not all(0 < value < below for value in values):
-        raise InputError(
-            f"{option}: expected numbers between 0 and {below:g} such as 0.2,0.4, got {text}; correct them"
-        )
-    return values
-
-
-def names(text: str) -> tuple[str, ...]:
-    """Read comma-separated names, each once."""
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-
-
-def ways(text: str) -> tuple[tuple[str, str], ...]:
-    """Read methods, each maybe with what makes up for what it removes: `flap`, `flap+bias`, `best`."""
-    parts = ((_BEST if name == "best" else name).partition("+") for name in names(text))
-    return tuple(dict.fromkeys((method, compensation or "none") for method, _, compensation in parts))
-
-
 def fitted_on(texts: Any) -> str:
     """Return a note of what compensation was fitted on."""
     sequences, length = texts.compensation.ids.shape
     return f"compensation was fitted on {sequences} x {length} tokens"
-
-
-def as_table(title: str, rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> Table:
-    """Return a table of text: a header, then the rows.
-
-    Args:
-        title: Above it.
-        rows: The first is the header.
-        left: Columns that are names; the others are numbers, at the right.
-    """
-    heading, *body = rows
-    table = Table(title=title, title_justify="left", box=SIMPLE)
-    for number, name in enumerate(heading):
-        table.add_column(name, justify="left" if number in left else "right", no_wrap=True)
-    for row in body:
-        table.add_row(*row)
-    return table
-
-
-def _show(outcome: Outcome) -> None:
-    console = Console()
-    console.width = max(console.width, 92)  # a broken line is worse to read than a long one
-    console.print(*outcome.tables)
-    console.print(*outcome.notes, *outcome.conclusion, sep="\n", highlight=False)
-    written = [f"wrote  {file}" for file in outcome.files]
-    console.print(*written, f"MLflow run  {outcome.run_id}", sep="\n", highlight=False)

@@ -8,18 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from flows.study import (
-    PICTURES,
-    Asked,
-    Outcome,
-    Subject,
-    as_table,
-    record,
-    set_environment,
-    subject,
-    task,
-    text_parameters,
-)
+from flows.outcome import Outcome, as_table
+from flows.study import PICTURES, Asked, Subject, record, set_environment, subject, task, text_parameters
 
 
 @task

@@ -12,23 +12,25 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from flows.study import (
+from flows.options import (
     COMPENSATION_SEQUENCES,
-    PICTURES,
-    Asked,
     CompensationSequencesOption,
     CorpusOption,
     IdsOption,
     ModelOption,
-    Outcome,
     RatiosOption,
-    Subject,
     ThreadsOption,
     WaysOption,
-    as_table,
+    numbers,
+    ways,
+)
+from flows.outcome import Outcome, as_table
+from flows.study import (
+    PICTURES,
+    Asked,
+    Subject,
     bring,
     fitted_on,
-    numbers,
     one_line_errors,
     record,
     run,
@@ -36,7 +38,6 @@ from flows.study import (
     study,
     task,
     text_parameters,
-    ways,
 )
 from nirvana.errors import InputError
 from tasks.params import load_params
