@@ -25,5 +25,5 @@ def test_numbers_have_a_range():
 
 @pytest.mark.parametrize("text", ["", "0.2,", "a", "0", "1", "-0.2", "nan"])
 def test_other_numbers_are_refused(text):
-    with pytest.raises(InputError, match="--ratios: expected numbers between 0 and 1 such as 0.2,0.4"):
+    with pytest.raises(InputError, match=r"--ratios: expected numbers between 0 and 1 such as 0\.2,0\.4"):
         numbers("--ratios", text)
