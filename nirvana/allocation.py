@@ -5,7 +5,7 @@ and MLP, ratio r and γ = MLP rate ÷ attention rate:  p_attn = r·(A+M)/(A+γM)
 
 Saliency that is comparable between attention and MLP (mask Fisher) needs no γ: all units form one list, in the order of
 their saliency a weight. A KV group is so large a unit that a second-order estimate says too little of it, so its
-saliency may count several times (docs/results.md).
+saliency may count several times (docs/decisions/0018-attention-counts-twice.md).
 
 Sites that must keep equally many units (the experts of a layer) are ranked as one: its n-th unit is the n-th best of
 each of them.
@@ -60,7 +60,8 @@ def allocate(
         loadable_kv_groups: For `uniform`: whether a stock configuration accepts that many KV groups.
         ranking: `modules` ranks KV groups and neurons separately, their rates `gamma` apart; `joint` ranks all units
             together by saliency a weight. With scope `uniform` a joint ranking gives the two rates.
-        attention_factor: How many times the saliency of a KV group counts in a joint ranking, above 0.
+        attention_factor: How many times the saliency of a KV group counts in a joint ranking, above 0. 1 is plain
+            saliency; preset `best` has 2.
 
     Returns:
         Sorted indices of the kept units by site name.

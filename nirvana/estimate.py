@@ -36,6 +36,7 @@ __all__ = [
     "choose",
     "choose_workers",
     "device_bytes",
+    "devices",
     "estimate",
     "matmul_rate",
 ]
@@ -233,9 +234,9 @@ def choose(
         memory: As in params.yaml, `runtime.memory`.
     """
     sizes, on_cpu = Sizes.of(model_directory), device.type == "cpu"
-    free = FITS * device_bytes(device)
+    free, side_by_side = FITS * device_bytes(device), math.ceil(work.workers / devices(device))
     allowed = [way for way in _WAYS if execution in ("auto", way[0]) and memory in ("auto", way[1])]
-    return next((way for way in allowed if work.workers * _peak(sizes, work, way, on_cpu) <= free), allowed[-1])
+    return next((way for way in allowed if side_by_side * _peak(sizes, work, way, on_cpu) <= free), allowed[-1])
 
 
 def choose_workers(
@@ -260,7 +261,7 @@ def choose_workers(
     if 2 * sizes.weights * work.pool_size * work.sequences * work.sequence_length < WORTH_A_WORKER:
         return 1
     peak = _peak(sizes, alone, choose(model_directory, alone, device, execution, memory), device.type == "cpu")
-    return max(1, min(most, int(FITS * device_bytes(device) / peak)))
+    return max(1, min(most, devices(device) * int(FITS * device_bytes(device) / peak)))
 
 
 def _peak(sizes: Sizes, work: Workload, way: tuple[Execution, Memory], on_cpu: bool) -> int:
@@ -274,6 +275,11 @@ def _peak(sizes: Sizes, work: Workload, way: tuple[Execution, Memory], on_cpu: b
     return peak
 
 
+def devices(device: torch.device) -> int:
+    """Return over how many devices workers spread: all GPUs, unless the device names one."""
+    return max(1, torch.cuda.device_count()) if device.type == "cuda" and device.index is None else 1
+
+
 def device_bytes(device: torch.device) -> int:
-    """Return the memory that can still be taken on a device."""
+    """Return the memory that can still be taken on a device; of several GPUs, on the first."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()

@@ -94,7 +94,7 @@ def _explain_loss(slot: _Slot, times: int) -> None:
     if times >= _ATTEMPTS:
         raise InputError(
             f"candidate {slot.job.index}: expected a value, got none: its worker {how}, {times} times, most likely for "
-            "lack of memory; what is finished is kept: lower runtime.workers or saliency.microbatch and run again"
+            "lack of memory; what is finished is kept: set fewer runtime.workers or lower saliency.microbatch"
         )
     log.warning("candidate %d: its worker %s; trying once more", slot.job.index, how)
 

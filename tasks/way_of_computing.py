@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nirvana.estimate import Workload, choose, choose_workers
+from nirvana.estimate import Workload, choose, choose_workers, devices
 from nirvana.walk import Execution, Memory
 
 if TYPE_CHECKING:
@@ -66,8 +66,5 @@ def workers_of(runtime: "Runtime", model: Path, work: Workload, device: torch.de
         return 1
     if runtime.workers != "auto":
         return min(runtime.workers, work.pool_size)
-    if device.type == "cuda":
-        most = torch.cuda.device_count() if device.index is None else 1
-    else:
-        most = len(os.sched_getaffinity(0))
+    most = devices(device) if device.type == "cuda" else len(os.sched_getaffinity(0))
     return choose_workers(model, work, device, runtime.execution, runtime.memory, min(most, work.pool_size))

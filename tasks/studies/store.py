@@ -1,9 +1,11 @@
 """What lets a killed study resume: each part's value is a JSON file named by everything that it depends on.
 
 `.cache/studies/<study>/<sha256>.json` can be deleted at any time. The digest covers what the caller states, the source
-files behind the function that computes, the libraries and the kind of machine, so an edit of that code computes anew.
+files behind the function that computes, the libraries and the kind of machine, so an edit of that code computes anew;
+one of its comments or docstrings does not.
 """
 
+import ast
 import functools
 import hashlib
 import json
@@ -54,17 +56,27 @@ def study_key(key_parts: Mapping[str, Any], compute: Callable[..., Any]) -> str:
     return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
 
 
-def digests_of_sources(root: Path) -> dict[str, str]:
-    """Return the SHA-256 of every module of ours."""
+def sources(root: Path) -> dict[str, bytes]:
+    """Return every module of ours as it is now."""
     files = (file for package in ("nirvana", "tasks") for file in (root / package).rglob("*.py"))
-    return {file.relative_to(root).as_posix(): _digest_of(file) for file in files}
+    return {file.relative_to(root).as_posix(): file.read_bytes() for file in files}
 
 
-def _digest_of(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def code_digest(source: bytes) -> str:
+    """Return the hex SHA-256 of what a module does: its syntax tree without texts that are no more than statements."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [each for each in body if not _is_text(each)]  # type: ignore[attr-defined]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
-_AT_START = digests_of_sources(_ROOT)
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+_AT_START = sources(_ROOT)
 """Taken when this module is imported: what is edited while a study runs computes nothing in it."""
 
 
@@ -73,5 +85,7 @@ def source_digest(module: Path) -> str:
     """Digest a module and what it imports of ours, as they were when this process began."""
     digest = hashlib.sha256()
     for name in code_files(module.resolve().relative_to(_ROOT), _ROOT):
-        digest.update(f"{name}\0{_AT_START.get(name) or _digest_of(_ROOT / name)}".encode())
+        source = _AT_START.get(name) or (_ROOT / name).read_bytes()
+        of_file = code_digest(source) if name.endswith(".py") else hashlib.sha256(source).hexdigest()
+        digest.update(f"{name}\0{of_file}".encode())
     return digest.hexdigest()

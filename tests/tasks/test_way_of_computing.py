@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_llama
 
 from nirvana import estimate
-from nirvana.estimate import Sizes, Workload
+from nirvana.estimate import Sizes, Workload, choose
 from nirvana.estimate_memory import fisher_bytes
 from tasks.params import Runtime
 from tasks.way_of_computing import workers_of
@@ -71,5 +71,12 @@ def test_one_a_gpu(model, monkeypatch):
     has_memory(monkeypatch, 10**15)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert workers_of(AUTO, model, WORK, GPU) == 4
+    # each has a GPU's memory to itself
+    peak = fisher_bytes(Sizes.of(model), WORK, "resident", False)
+    has_memory(monkeypatch, 1.5 * peak / estimate.FITS)
+    assert workers_of(AUTO, model, WORK, GPU) == 4
+    four = replace(WORK, workers=4)
+    assert choose(model, four, GPU, "auto", "auto")[0] == "resident"
+    assert choose(model, replace(WORK, workers=5), GPU, "auto", "auto")[0] == "streamed"
     assert workers_of(AUTO, model, WORK, torch.device("cuda:2")) == 1
     assert workers_of(replace(AUTO, workers=2), model, WORK, GPU) == 2

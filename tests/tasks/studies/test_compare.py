@@ -495,7 +495,7 @@ def test_a_source_that_is_edited_while_a_study_runs_counts_as_it_began(tmp_path,
 
     def started():
         store.source_digest.cache_clear()
-        monkeypatch.setattr(store, "_AT_START", store.digests_of_sources(tmp_path))
+        monkeypatch.setattr(store, "_AT_START", store.sources(tmp_path))
 
     monkeypatch.setattr(store, "_ROOT", tmp_path)
     started()
@@ -507,3 +507,19 @@ def test_a_source_that_is_edited_while_a_study_runs_counts_as_it_began(tmp_path,
     second = store.source_digest(module)
     store.source_digest.cache_clear()
     assert second != first
+
+
+def test_what_is_only_said_of_code_voids_no_result():
+    plain = b"class A:\n    x = 1\n    def f(self):\n        return 'text'\n"
+    explained = b'''"""A module."""
+class A:
+    """A class."""
+    x = 1
+    """A number."""
+    def f(self):  # a function
+        """Return text."""
+        return "text"
+'''
+    assert store.code_digest(plain) == store.code_digest(explained)
+    for old, new in ((b"x = 1", b"x = 2"), (b"'text'", b"'other'"), (b"return 'text'", b"pass"), (b"self", b"this")):
+        assert store.code_digest(plain.replace(old, new)) != store.code_digest(plain)
