@@ -178,7 +178,7 @@ def commit(path: Path, message: str) -> None:
 def command(path: Path, *arguments: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a command in the checkout and return it with its output."""
     done = subprocess.run(
-        arguments, cwd=path, env=environment(**variables), capture_output=True, text=True, timeout=300, check=False
+        arguments, cwd=path, env=environment(**variables), capture_output=True, text=True, timeout=900, check=False
     )
     if check and done.returncode:
         raise AssertionError(f"{' '.join(arguments)} exited with {done.returncode}:\n{done.stdout}\n{done.stderr}")

@@ -175,7 +175,7 @@ def test_alternating_flow_and_dvc_is_never_wrong_and_never_recomputes(finished: 
 
 
 def test_runtime_settings_change_nothing(checkout: Path) -> None:
-    set_param(checkout, "workers: 1 ", "workers: 2 ")
+    set_param(checkout, "workers: auto ", "workers: 2 ")
     done = dvc(checkout, "repro")
     assert runs(checkout) == []
     assert "up to date" in done.stdout

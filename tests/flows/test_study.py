@@ -15,7 +15,7 @@ def ran(study, home, *options):
     variables = os.environ | {"PREFECT_HOME": str(home), "PYTHONPATH": str(ROOT)}
     variables.pop("PREFECT_API_URL", None)
     command = [sys.executable, "-m", f"flows.{study}", *options]
-    return subprocess.run(command, cwd=home, env=variables, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=home, env=variables, capture_output=True, text=True, timeout=900, check=False)
 
 
 @pytest.mark.parametrize(

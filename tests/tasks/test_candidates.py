@@ -37,7 +37,7 @@ def test_valid_values_are_reused_and_broken_ones_are_not(tmp_path, caplog):
     jobs[2].result.write_text("half of a val")
     before = jobs[1].result.stat().st_mtime_ns
     with caplog.at_level("INFO"):
-        run_jobs(square, jobs, is_square, HERE, CPU, "test")
+        run_jobs(square, jobs, is_square, HERE, 1, CPU, "test")
     assert all(is_square(job) for job in jobs)
     assert jobs[1].result.stat().st_mtime_ns == before
     assert "resuming, 1 of 4 candidates are already done" in caplog.text
@@ -46,7 +46,7 @@ def test_valid_values_are_reused_and_broken_ones_are_not(tmp_path, caplog):
 def test_error_of_a_worker_arrives_and_keeps_what_was_done(tmp_path):
     jobs = make_jobs(tmp_path, wrong=2)
     with pytest.raises(InputError, match="got a bad one"):
-        run_jobs(square, jobs, is_square, HERE, CPU, "test")
+        run_jobs(square, jobs, is_square, HERE, 1, CPU, "test")
     assert [job.index for job in jobs if is_square(job)] == [0, 1]
 
 
