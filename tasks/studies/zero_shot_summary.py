@@ -20,6 +20,8 @@ Rows = Sequence[Mapping[str, Any]]
 NIRVANA = ("nirvana", "none")
 ALL = "all"
 """Both kinds of item together."""
+ALL_TEXTS = "all texts"
+"""Every text's items of both kinds together."""
 UNDEFINED = "undefined"
 _NORMAL = 1.959964  # of 95 %, two-sided
 
@@ -106,7 +108,7 @@ def accuracy_interval(answers: ArrayLike) -> tuple[float, float]:
 
 
 def lines(rows: Rows) -> list[Line]:
-    """Return a line a model and kind of item, and one of all items where a text has both kinds.
+    """Return a line a model and kind of item, one of all items where a text has both kinds, and one of all texts.
 
     Args:
         rows: `tasks.studies.zero_shot.measure`'s.
@@ -115,6 +117,8 @@ def lines(rows: Rows) -> list[Line]:
         By text and kind; the dense model first, then by ratio, the most accurate first.
     """
     every = [*rows, *_together(rows)]
+    if len({row["text"] for row in rows}) > 1:
+        every += _together([{**row, "text": ALL_TEXTS} for row in rows])
     answers = {(row["text"], row["kind"], *_model(row)): row["answers"] for row in every}
     found = []
     for text, kind in dict.fromkeys((row["text"], row["kind"]) for row in every):
@@ -228,7 +232,7 @@ def verdict(found: Sequence[Line], best: tuple[str, str] = BEST) -> list[str]:
     models = {(line.text, line.kind, line.ratio, line.method, line.compensation): line for line in found}
     # all items first: they are the surest
     keys = dict.fromkeys((line.text, line.ratio, line.kind) for line in found if line.method != DENSE)
-    for text, ratio, kind in sorted(keys, key=lambda key: key[2] != ALL):
+    for text, ratio, kind in sorted(keys, key=lambda key: (key[0] != ALL_TEXTS, key[2] != ALL)):
         ours, theirs = (models.get((text, kind, ratio, *each)) for each in (best, NIRVANA))
         if ours is None or theirs is None:
             continue

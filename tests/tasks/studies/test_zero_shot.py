@@ -33,6 +33,7 @@ from tasks.studies.zero_shot_items import CONTINUATION, CORPUS, LAST_WORD, OTHER
 from tasks.studies.zero_shot_plot import draw
 from tasks.studies.zero_shot_summary import (
     ALL,
+    ALL_TEXTS,
     UNDEFINED,
     Line,
     accuracy_interval,
@@ -414,6 +415,13 @@ def test_tables_and_sentences():
     assert alone == "No ratio of losses: it takes nirvana and fisher + least squares among the methods."
 
 
+def test_several_texts_are_judged_together_as_well():
+    found = lines([*made_rows(), *made_rows("other")])
+    (line,) = (x for x in found if (x.text, x.method, x.ratio) == (ALL_TEXTS, "fisher", 0.2))
+    assert (line.kind, line.items, line.lost, line.of_nirvana) == (ALL, 80, 10 / 80, pytest.approx(10 / 22))
+    assert verdict(found)[0].startswith("all texts, ratio 0.2, all: fisher + least squares loses 12.5 points")
+
+
 def test_series_have_a_child_a_way():
     found = series(lines(made_rows()))
     assert list(found) == ["dense", "fisher + least squares", "flap", "flap + bias", "nirvana"]
@@ -424,7 +432,7 @@ def test_series_have_a_child_a_way():
 
 def test_picture(tmp_path):
     found = lines([*made_rows(), *made_rows("other")])
-    assert [line.text for line in found] == 21 * ["corpus"] + 21 * ["other"]
+    assert [line.text for line in found] == 21 * ["corpus"] + 21 * ["other"] + 7 * [ALL_TEXTS]
     png, svg = draw(found, tmp_path / "zero_shot.png")
     assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 20_000
     text = svg.read_text()
