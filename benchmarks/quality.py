@@ -30,7 +30,7 @@ def measure(model: Path, ids: Path, limits: dict[float, float] | None = None) ->
     """
     import numpy as np
 
-    from tasks.studies.compare import Comparison
+    from tasks.studies.comparison import Comparison
     from tasks.studies.texts import texts_of_ids
 
     comparison = Comparison(model, texts_of_ids(ids), ridge=RIDGE)

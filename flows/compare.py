@@ -47,7 +47,7 @@ PICTURE = PICTURES / "compare.png"
 @task
 def measure(on: Subject, settings: Any) -> list[dict[str, Any]]:
     """Prune and judge."""
-    from tasks.studies import compare as study
+    from tasks.studies.compare import study
 
     return study.measure(study.Comparison(on.model, on.texts), settings)
 
@@ -55,8 +55,8 @@ def measure(on: Subject, settings: Any) -> list[dict[str, Any]]:
 @task
 def report(lines: list[Any]) -> list[Path]:
     """Write table and picture."""
-    from tasks.studies.leaderboard import write_leaderboard
-    from tasks.studies.leaderboard_plot import draw
+    from tasks.studies.compare.leaderboard import write_leaderboard
+    from tasks.studies.compare.plot import draw
 
     return [*draw(lines, PICTURE), write_leaderboard(lines, PICTURE.with_suffix(".csv"))]
 
@@ -67,11 +67,11 @@ def compare(asked: Asked, changed: dict[str, Any]) -> Outcome:
 
     Args:
         asked: What the command line says.
-        changed: Fields of `tasks.studies.compare.Settings` that are not the default.
+        changed: Fields of `tasks.studies.compare.study.Settings` that are not the default.
     """
     set_environment(asked)
-    from tasks.studies.compare import Settings
-    from tasks.studies.leaderboard import leaderboard, series, shown, verdict
+    from tasks.studies.compare.leaderboard import leaderboard, series, shown, verdict
+    from tasks.studies.compare.study import Settings
 
     settings = _checked(replace(Settings(), **changed))
     on = subject(asked)
@@ -88,7 +88,7 @@ def compare(asked: Asked, changed: dict[str, Any]) -> Outcome:
 
 def _reference(settings: Any) -> tuple[str, str]:
     """Return the method that the others are compared with: ours if it takes part, else the first that is asked for."""
-    from tasks.studies.compare import BEST
+    from tasks.studies.comparison import BEST
 
     if BEST[0] in settings.methods:
         return BEST

@@ -25,7 +25,7 @@ PROCESSES = 2
 @task
 def fetch_corpus() -> Path:
     """Bring the text."""
-    from tasks.studies.ntk_run import fetched_corpus
+    from tasks.studies.corpus import fetched_corpus
 
     return fetched_corpus(load_params())
 
@@ -33,7 +33,7 @@ def fetch_corpus() -> Path:
 @task
 def measure(settings: Any, corpus: Path, processes: int) -> dict[str, Any]:
     """Train, prune and judge."""
-    from tasks.studies import families as of
+    from tasks.studies.families import study as of
 
     return of.measure(settings, corpus, processes)
 
@@ -41,8 +41,8 @@ def measure(settings: Any, corpus: Path, processes: int) -> dict[str, Any]:
 @task
 def report(lines: list[Any]) -> list[Path]:
     """Write table and picture."""
-    from tasks.studies.families_plot import draw
-    from tasks.studies.families_summary import write_lines
+    from tasks.studies.families.plot import draw
+    from tasks.studies.families.summary import write_lines
 
     return [*draw(lines, PICTURE), write_lines(lines, PICTURE.with_suffix(".csv"))]
 
@@ -52,13 +52,13 @@ def families(changed: dict[str, Any], quick: bool = False, processes: int = PROC
     """Compare methods in one trained model a family.
 
     Args:
-        changed: Fields of `tasks.studies.families.Settings` that are not the default.
+        changed: Fields of `tasks.studies.families.study.Settings` that are not the default.
         quick: Few and hardly trained models: to see that it works.
         processes: Models worked on at a time, each by one thread.
     """
     prepare_environment(threads=1, online=True)
-    from tasks.studies.families import QUICK, Settings
-    from tasks.studies.families_summary import lines_of, notes, ratios_of, series, table, verdict
+    from tasks.studies.families.study import QUICK, Settings
+    from tasks.studies.families.summary import lines_of, notes, ratios_of, series, table, verdict
 
     settings = replace(QUICK if quick else Settings(), **changed)
     corpus = fetch_corpus()

@@ -79,7 +79,7 @@ class Asked:
 
 
 class Subject(NamedTuple):
-    """What is pruned, and `tasks.studies.compare.Texts` to prune and judge it by."""
+    """What is pruned, and `tasks.studies.comparison.Texts` to prune and judge it by."""
 
     model: Path
     texts: Any

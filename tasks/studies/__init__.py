@@ -1,1 +1,1 @@
-"""Studies: the paper's experiments, computed outside the pipeline; flows of the same names drive them."""
+"""Studies: the paper's experiments, computed outside the pipeline; a package each, what they share beside them."""

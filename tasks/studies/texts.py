@@ -14,7 +14,7 @@ from nirvana.perplexity import windows_from_documents
 from tasks.documents import Document, expand, read_documents, read_files
 from tasks.model_directory import load_tokenizer
 from tasks.sample_pool import Encoder, draw, split_documents
-from tasks.studies.compare import Text, Texts
+from tasks.studies.comparison import Text, Texts
 from tasks.token_files import read_ids
 
 if TYPE_CHECKING:

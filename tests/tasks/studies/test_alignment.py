@@ -10,10 +10,19 @@ from sweeps import counted, made_row, tiny_comparison
 from tiny import tiny_llama
 
 from nirvana.errors import InputError
-from tasks.studies import alignment
-from tasks.studies.alignment import Settings, cells_of, children, groups, measure, ratio_of_rounds, tables, verdict
-from tasks.studies.sweep import UNREACHABLE, write_cells
-from tasks.studies.sweep_pictures import draw_alignment
+from tasks.studies.sweep import alignment
+from tasks.studies.sweep.alignment import (
+    Settings,
+    cells_of,
+    children,
+    groups,
+    measure,
+    ratio_of_rounds,
+    tables,
+    verdict,
+)
+from tasks.studies.sweep.cells import UNREACHABLE, write_cells
+from tasks.studies.sweep.pictures import draw_alignment
 
 SETTINGS = Settings(round_to=(1, 32), ratios=(0.4,), prompt_length=8, decode_tokens=2, repeats=3, warmup=0)
 

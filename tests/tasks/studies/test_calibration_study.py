@@ -19,9 +19,9 @@ from nirvana.walk import Stack
 from tasks import sample_pool
 from tasks.documents import Document, write_documents
 from tasks.studies import methods as registry
-from tasks.studies.calibration_study import CalibrationStudy, Settings, measure
-from tasks.studies.calibration_study_plot import draw
-from tasks.studies.calibration_study_summary import (
+from tasks.studies.calibration_study.plot import draw
+from tasks.studies.calibration_study.study import CalibrationStudy, Settings, measure
+from tasks.studies.calibration_study.summary import (
     chance_of_selection,
     correlations,
     lines,
@@ -31,9 +31,9 @@ from tasks.studies.calibration_study_summary import (
     spearman_interval,
     two_way_bootstrap,
 )
-from tasks.studies.calibration_study_texts import Source, corpus_source, ids_source
-from tasks.studies.calibration_study_words import line_table, match_table, series, verdict, write_tables
-from tasks.studies.compare import Comparison, Text, Texts
+from tasks.studies.calibration_study.texts import Source, corpus_source, ids_source
+from tasks.studies.calibration_study.words import line_table, match_table, series, verdict, write_tables
+from tasks.studies.comparison import Comparison, Text, Texts
 from tasks.studies.methods import METHODS
 
 SETTINGS = Settings(

@@ -31,12 +31,13 @@ from nirvana.weights import model_digest
 from tasks import sample_pool
 from tasks.documents import Document, read_documents, write_documents
 from tasks.model_directory import load_tokenizer
-from tasks.studies import compare as study
+from tasks.studies import comparison as judging
 from tasks.studies import methods as registry
 from tasks.studies import store
-from tasks.studies.compare import Comparison, Settings, Text, Texts, measure
-from tasks.studies.leaderboard import Line, leaderboard, series, shown, verdict, write_leaderboard
-from tasks.studies.leaderboard_plot import draw
+from tasks.studies.compare.leaderboard import Line, leaderboard, series, shown, verdict, write_leaderboard
+from tasks.studies.compare.plot import draw
+from tasks.studies.compare.study import Settings, measure
+from tasks.studies.comparison import Comparison, Text, Texts
 from tasks.studies.methods import METHODS, SHORTGPT, SLICEGPT, allocate_for
 from tasks.studies.picture import apart
 from tasks.studies.texts import judged_on, texts_of_ids, texts_of_pipeline
@@ -125,7 +126,7 @@ def test_a_bias_is_that_of_a_model_which_has_one(comparison, model_directory, tm
 
 
 def test_a_bias_needs_a_linear_layer(comparison, monkeypatch):
-    monkeypatch.setattr(study, "nn", SimpleNamespace(Linear=nn.Embedding))
+    monkeypatch.setattr(judging, "nn", SimpleNamespace(Linear=nn.Embedding))
     with pytest.raises(InputError, match="leave compensation bias out"):
         comparison.row("random", RATIO, "bias")
 

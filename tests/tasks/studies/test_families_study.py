@@ -19,11 +19,12 @@ from nirvana.architectures.registry import describe
 from nirvana.errors import InputError
 from nirvana.walk import Stack
 from tasks.params import load_params
-from tasks.studies import families, tiny_model
-from tasks.studies.compare import BEST, Comparison
-from tasks.studies.families import REFUSED, Settings
-from tasks.studies.families_plot import draw
-from tasks.studies.families_summary import bootstrap, lines_of, notes, series, table, verdict, write_lines
+from tasks.studies import tiny_model
+from tasks.studies.comparison import BEST, Comparison
+from tasks.studies.families import study as families
+from tasks.studies.families.plot import draw
+from tasks.studies.families.study import REFUSED, Settings
+from tasks.studies.families.summary import bootstrap, lines_of, notes, series, table, verdict, write_lines
 from tasks.studies.tiny_model import FAMILIES, build_model
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -60,7 +61,7 @@ def test_every_family_can_be_described_and_trained(family, tmp_path):
     hidden = Stack.open(tmp_path)
     losses = [float(tiny_model.mean_loss(model, each[None])) for each in ids]
     from nirvana.divergence import dense_hidden_states
-    from tasks.studies.compare import window_losses
+    from tasks.studies.comparison import window_losses
 
     judged = window_losses(dense_hidden_states(hidden, ids), ids, hidden.head_weight(), architecture.logit_softcap)
     np.testing.assert_allclose(judged, losses, rtol=1e-4)

@@ -16,11 +16,11 @@ from tasks import sample_pool
 from tasks.documents import Document, write_documents
 from tasks.params import Recovery
 from tasks.recovery_text import training_text
-from tasks.studies import fine_tuning as study
-from tasks.studies.compare import BEST, Text, Texts
-from tasks.studies.fine_tuning import FineTuning, Settings, check, described, measure, read_training, recipe_of
-from tasks.studies.fine_tuning_plot import draw
-from tasks.studies.fine_tuning_summary import series, summary, table, verdict, write_tables
+from tasks.studies.comparison import BEST, Text, Texts
+from tasks.studies.fine_tuning import study
+from tasks.studies.fine_tuning.plot import draw
+from tasks.studies.fine_tuning.study import FineTuning, Settings, check, described, measure, read_training, recipe_of
+from tasks.studies.fine_tuning.summary import series, summary, table, verdict, write_tables
 from tasks.studies.methods import SHORTGPT
 
 RATIO = 0.5

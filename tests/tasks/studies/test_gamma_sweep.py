@@ -11,12 +11,12 @@ from tiny import tiny_llama
 from nirvana.allocation import module_rates
 from nirvana.errors import InputError
 from nirvana.methods import Method
-from tasks.studies import gamma_sweep
-from tasks.studies.compare import Comparison
-from tasks.studies.gamma_sweep import Settings, cells_of, children, chosen, is_capped, measure, tables, verdict
+from tasks.studies.comparison import Comparison
 from tasks.studies.methods import METHODS
-from tasks.studies.sweep import UNREACHABLE, judged, reference_of, unless_unreachable, write_cells
-from tasks.studies.sweep_pictures import draw_gamma
+from tasks.studies.sweep import gamma_sweep
+from tasks.studies.sweep.cells import UNREACHABLE, judged, reference_of, unless_unreachable, write_cells
+from tasks.studies.sweep.gamma_sweep import Settings, cells_of, children, chosen, is_capped, measure, tables, verdict
+from tasks.studies.sweep.pictures import draw_gamma
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from nirvana.allocation import achieved_ratio, allocate
 from nirvana.architectures.site import Site, Slot
 from nirvana.errors import InputError
 from nirvana.walk import Stack
-from tasks.studies.modules import Settings, cells_of, children, keep_elsewhere, measure, tables, verdict
-from tasks.studies.sweep import UNREACHABLE
-from tasks.studies.sweep_pictures import draw_modules
+from tasks.studies.sweep.cells import UNREACHABLE
+from tasks.studies.sweep.modules import Settings, cells_of, children, keep_elsewhere, measure, tables, verdict
+from tasks.studies.sweep.pictures import draw_modules
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,11 @@ from nirvana.saliency import channel_saliency
 from nirvana.surgery import prune
 from nirvana.walk import Stack
 from nirvana.weights import model_digest
-from tasks.studies import ntk, ntk_run, store, tiny_model
-from tasks.studies.ntk_plot import draw
-from tasks.studies.ntk_summary import by_seed, curve_table, kernel_table, series, spread, verdict, write_tables
+from tasks.studies import store, tiny_model
+from tasks.studies.ntk import run as ntk_run
+from tasks.studies.ntk import study as ntk
+from tasks.studies.ntk.plot import draw
+from tasks.studies.ntk.summary import by_seed, curve_table, kernel_table, series, spread, verdict, write_tables
 from tasks.studies.store import cached
 from tasks.studies.tracking import record_study
 

@@ -18,12 +18,19 @@ from nirvana.plan import Plan
 from nirvana.surgery import prune
 from nirvana.walk import Stack
 from nirvana.weights import model_digest
-from tasks.studies import quantised as study
-from tasks.studies.compare import DENSE, Text, Texts
-from tasks.studies.quantised import Quantised, Settings, block_matrices, measure, quantised_hidden_states, stored_bytes
-from tasks.studies.quantised_plot import draw
-from tasks.studies.quantised_summary import cell_table, cells, series, sum_table, sums, verdict, write_tables
-from tasks.studies.quantised_weights import PRECISIONS, STORED, Precision, quantised_bytes, round_trip
+from tasks.studies.comparison import DENSE, Text, Texts
+from tasks.studies.quantised import study
+from tasks.studies.quantised.plot import draw
+from tasks.studies.quantised.study import (
+    Quantised,
+    Settings,
+    block_matrices,
+    measure,
+    quantised_hidden_states,
+    stored_bytes,
+)
+from tasks.studies.quantised.summary import cell_table, cells, series, sum_table, sums, verdict, write_tables
+from tasks.studies.quantised.weights import PRECISIONS, STORED, Precision, quantised_bytes, round_trip
 
 RATIO = 0.4
 INT8, INT4 = PRECISIONS["int8"], PRECISIONS["int4"]

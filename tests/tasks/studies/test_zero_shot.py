@@ -24,14 +24,14 @@ from tasks.cloze import cloze_items
 from tasks.continuation import continuation_items
 from tasks.documents import Document, write_documents
 from tasks.sample_pool import split_documents
-from tasks.studies import zero_shot as study
-from tasks.studies.compare import DENSE, Text, Texts
-from tasks.studies.items import score_items
+from tasks.studies.comparison import DENSE, Text, Texts
 from tasks.studies.texts import read_text
-from tasks.studies.zero_shot import Settings, ZeroShot, measure
-from tasks.studies.zero_shot_items import CONTINUATION, CORPUS, LAST_WORD, OTHER, ItemSet, item_sets
-from tasks.studies.zero_shot_plot import draw
-from tasks.studies.zero_shot_summary import (
+from tasks.studies.zero_shot import study
+from tasks.studies.zero_shot.items import CONTINUATION, CORPUS, LAST_WORD, OTHER, ItemSet, item_sets
+from tasks.studies.zero_shot.plot import draw
+from tasks.studies.zero_shot.scoring import score_items
+from tasks.studies.zero_shot.study import Settings, ZeroShot, measure
+from tasks.studies.zero_shot.summary import (
     ALL,
     ALL_TEXTS,
     UNDEFINED,

@@ -1,0 +1,1 @@
+"""The comparison: NIRVANA and its rivals under one protocol, as a leaderboard."""

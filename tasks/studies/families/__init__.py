@@ -1,0 +1,1 @@
+"""Families: whether the ranking of the methods holds in each."""

@@ -1,0 +1,1 @@
+"""Fine-tuning: what is left of the methods' differences after it."""

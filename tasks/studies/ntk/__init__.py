@@ -1,0 +1,1 @@
+"""The kernel study: how far pruning moves the kernel that governs training."""

@@ -1,0 +1,1 @@
+"""Quantised: what pruning and few bits cost together."""

@@ -1,0 +1,1 @@
+"""Zero-shot: how much accuracy each method loses."""
