@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nirvana.estimate import devices
 from tasks.jobs import Finish, Job, Progress, Worker
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ def run(
     else:
         from tasks.process_pool import run_in_processes
 
-        devices = slot_devices(device, workers, _gpu_count(device))
-        run_in_processes(worker, jobs, devices, threads, finish_whole)
+        slots = slot_devices(device, workers, devices(device))
+        run_in_processes(worker, jobs, slots, threads, finish_whole)
 
 
 def slot_devices(device: torch.device, slots: int, gpus: int) -> list[str]:
@@ -65,7 +66,3 @@ def slot_devices(device: torch.device, slots: int, gpus: int) -> list[str]:
     if device.type != "cuda" or device.index is not None or gpus < 2:
         return [str(device)] * slots
     return [f"cuda:{slot % gpus}" for slot in range(slots)]
-
-
-def _gpu_count(device: torch.device) -> int:
-    return torch.cuda.device_count() if device.type == "cuda" else 0
