@@ -170,6 +170,11 @@ def module_rates(
     return {"attention": lost / weights["attention"], "mlp": (target - lost) / weights["mlp"]}
 
 
+def removable_weights(module: str, units: int, weights_per_unit: int, round_to: int | float) -> int | float:
+    """Return a site's weights that may leave: one KV group, or one `round_to` block of neurons, stays."""
+    return max(0, units - (1 if module == "attention" else round_to)) * weights_per_unit
+
+
 @dataclass(frozen=True)
 class _Request:
     sites: tuple[Site, ...]
@@ -211,10 +216,10 @@ class _Request:
     def total(self) -> int:
         return sum(site.weights for site in self.sites)
 
-    def removable(self, module: Module) -> int:
-        """Weights that may leave: one KV group, or one `round_to` block of neurons, stays in every layer."""
-        least = 1 if module == "attention" else self.round_to
-        return sum((site.units - min(least, site.units)) * site.weights_per_unit for site in self.of(module))
+    def removable(self, module: Module) -> int | float:
+        return sum(
+            removable_weights(module, site.units, site.weights_per_unit, self.round_to) for site in self.of(module)
+        )
 
     def attention_rate(self) -> float:
         """Return p_attn."""

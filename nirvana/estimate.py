@@ -249,12 +249,10 @@ def choose_workers(
 ) -> int:
     """Return how many workers should share the candidates, each computing in the way that one alone would choose.
 
+    What is not said here of the arguments is as in `choose`.
+
     Args:
-        model_directory: The model.
         work: How much is asked for; its `workers` do not count. Too little is for one.
-        device: Where they compute.
-        execution: As in params.yaml, `runtime.execution`.
-        memory: As in params.yaml, `runtime.memory`.
         most: No more than these, even where more would fit; at least 1.
     """
     sizes, alone = Sizes.of(model_directory), replace(work, workers=1)

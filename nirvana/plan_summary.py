@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from nirvana.allocation import module_rates
+from nirvana.allocation import module_rates, removable_weights
 from nirvana.plan import MODULES, Plan
 
 
@@ -59,10 +59,9 @@ def requested_rates(plan: Plan) -> dict[str, float]:
     weights = {m: sum(s.units * s.weights_per_unit for s in plan.sites if s.module == m) for m in MODULES}
     if gamma is None or round_to is None or not all(weights.values()):
         return {"total": plan.requested_ratio}
-    least = {"attention": 1.0, "mlp": round_to}
     removable: dict[str, float] = dict.fromkeys(MODULES, 0.0)
     for site in plan.sites:
-        removable[site.module] += max(0, site.units - least[site.module]) * site.weights_per_unit
+        removable[site.module] += removable_weights(site.module, site.units, site.weights_per_unit, round_to)
     caps = None if plan.parameters.get("rule") == "published" else removable
     return {"total": plan.requested_ratio, **module_rates(weights, caps, plan.requested_ratio, gamma)}
 

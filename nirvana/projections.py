@@ -4,11 +4,12 @@ Every unit acts on the model through its columns of one matrix: `o_proj` for a K
 What enters that matrix is what a mask on the unit would scale, and what the kept units have to make do with.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from nirvana.architectures.architecture import Architecture
 from nirvana.architectures.site import Site, Slot
@@ -77,22 +78,16 @@ def recorded_inputs(module: nn.Module, paths: Sequence[str], stop: bool = False)
     """
     seen: dict[str, Tensor] = {}
 
-    def keep(path: str, arguments: tuple[Tensor, ...]) -> None:
-        seen[path] = arguments[0]
-        if stop:
-            raise Reached
+    def hang(submodule: nn.Module, path: str) -> RemovableHandle:
+        def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            seen[path] = arguments[0]
+            if stop:
+                raise Reached
 
-    handles = [
-        module.get_submodule(path).register_forward_pre_hook(
-            lambda _, arguments, path=path: keep(path, arguments)  # type: ignore[misc]
-        )
-        for path in paths
-    ]
-    try:
+        return submodule.register_forward_pre_hook(keep)
+
+    with _hung(module, paths, hang):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -107,14 +102,20 @@ def recorded_outputs(module: nn.Module, paths: Sequence[str]) -> Iterator[dict[s
         The last output of each, by path.
     """
     seen: dict[str, Tensor] = {}
-    handles = [
-        module.get_submodule(path).register_forward_hook(
-            lambda _, arguments, output, path=path: seen.__setitem__(path, output)  # type: ignore[misc]
-        )
-        for path in paths
-    ]
-    try:
+
+    def hang(submodule: nn.Module, path: str) -> RemovableHandle:
+        return submodule.register_forward_hook(lambda _, arguments, output: seen.__setitem__(path, output))
+
+    with _hung(module, paths, hang):
         yield seen
+
+
+@contextmanager
+def _hung(module: nn.Module, paths: Sequence[str], hang: Callable[[nn.Module, str], RemovableHandle]) -> Iterator[None]:
+    """Keep a hook on each of some submodules until the context ends."""
+    handles = [hang(module.get_submodule(path), path) for path in paths]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()

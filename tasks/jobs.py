@@ -26,11 +26,15 @@ class Job:
 
 
 Progress = Callable[[float], None]
-"""Told the share of the job that was just done."""
+"""Told the share of the job that was just done; a negative one where it was lost with its process."""
 Worker = Callable[[Job, str, Progress], bytes]
 """Computes a job's value on a device (`cpu`, `cuda`, `cuda:1`) and returns the bytes that `Job.result` shall hold."""
 Finish = Callable[[Job, bytes], None]
 """Told each value as it arrives, in the step's own process."""
+
+
+def no_progress(share: float) -> None:
+    """Tell nobody: the job counts when it is done."""
 
 
 class WorkerError(RuntimeError):
@@ -59,10 +63,10 @@ class Outcome:
         raise error
 
 
-def attempt(worker: Worker, job: Job, device: str) -> Outcome:
+def attempt(worker: Worker, job: Job, device: str, progress: Progress = no_progress) -> Outcome:
     """Do a job in a worker process."""
     try:
-        return Outcome(worker(job, device, _no_progress))
+        return Outcome(worker(job, device, progress))
     except InputError as error:
         return Outcome(error="InputError", text=str(error))
     except MemoryError as error:
@@ -70,7 +74,3 @@ def attempt(worker: Worker, job: Job, device: str) -> Outcome:
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         return Outcome(error="WorkerError", text=text, trace=traceback.format_exc())
-
-
-def _no_progress(share: float) -> None:
-    """Workers in other processes report a candidate when it is done."""

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 
 from nirvana.errors import InputError
 from tasks.child import die_with_parent, fix_torch, use_device
-from tasks.jobs import Finish, Job, Worker, attempt
+from tasks.jobs import Finish, Job, Outcome, Progress, Worker, attempt, no_progress
 
 _ATTEMPTS = 2
 """A process may be killed for another's sake, so its job is tried once more; twice is the job's own doing."""
@@ -23,7 +23,14 @@ _ATTEMPTS = 2
 log = logging.getLogger(__name__)
 
 
-def run_in_processes(worker: Worker, jobs: Sequence[Job], devices: Sequence[str], threads: int, finish: Finish) -> None:
+def run_in_processes(
+    worker: Worker,
+    jobs: Sequence[Job],
+    devices: Sequence[str],
+    threads: int,
+    finish: Finish,
+    progress: Progress = no_progress,
+) -> None:
     """Do all jobs, at most `len(devices)` at a time; a killed process is replaced and its job done again.
 
     Raises:
@@ -39,14 +46,20 @@ def run_in_processes(worker: Worker, jobs: Sequence[Job], devices: Sequence[str]
             ready = wait([slot.connection for slot in slots])
             for slot in [slot for slot in slots if slot.connection in ready]:
                 try:
-                    outcome = slot.connection.recv()
+                    told: Outcome | float = slot.connection.recv()
                 except (EOFError, OSError):
                     lost[slot.job.index] += 1
                     _explain_loss(slot, lost[slot.job.index])
+                    progress(-slot.done)
                     slot.start()
                     slot.give(slot.job)
                     continue
-                finish(slot.job, outcome.unwrap())
+                if not isinstance(told, Outcome):
+                    slot.done += told
+                    progress(told)
+                    continue
+                finish(slot.job, told.unwrap())
+                progress(1 - slot.done)
                 if waiting:
                     slot.give(waiting.popleft())
                 else:
@@ -61,6 +74,8 @@ class _Slot:
     """A place for one process at a time."""
 
     job: Job
+    done: float
+    """Share of the job that the process has told of."""
     connection: Connection
 
     def __init__(self, worker: Worker, device: str, threads: int):
@@ -76,7 +91,7 @@ class _Slot:
         theirs.close()  # now only the process holds it: its death ends the connection
 
     def give(self, job: Job) -> None:
-        self.job = job
+        self.job, self.done = job, 0
         with suppress(OSError):  # it was killed while idle: the next `recv` says so
             self.connection.send(job)
 
@@ -107,4 +122,4 @@ def _serve(connection: Connection, parent: int, worker: Worker, device: str, thr
     use_device(device)
     with suppress(EOFError, OSError):
         while True:
-            connection.send(attempt(worker, connection.recv(), device))
+            connection.send(attempt(worker, connection.recv(), device, connection.send))

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from nirvana.allocation import module_rates
 from nirvana.files import atomic_file, read_json
+from nirvana.plan import Plan
+from nirvana.plan_summary import requested_rates
 from tasks.plots import COSTS, PALETTE, by_module, figures, is_share, read_rows, title_of, written
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def render(params: "Params", inputs: Mapping[str, Path]) -> str:
         candidates=read_rows(inputs["kl_scores"]),
         recovery=recovery,
         curve=read_rows(inputs["recovery_curve"]),
-        modules=module_ratios(layers, plan),
+        modules=module_ratios(layers, requested_rates(Plan.read(inputs["plan"])), plan["achieved_ratio"]),
         tasks=task_rows(dense["tasks"], pruned["tasks"]),
         costs=COSTS,
         floors={f"{phase}_latency_ms": value for phase, value in benchmark["floor"].items()},
@@ -135,35 +136,16 @@ def model_name(source: str) -> str:
     return last.removesuffix(".gguf") or source
 
 
-def module_ratios(layers: Sequence[Mapping[str, str]], plan: Mapping[str, Any]) -> list[dict[str, Any]]:
+def module_ratios(
+    layers: Sequence[Mapping[str, str]], requested: Mapping[str, float], achieved: Mapping[str, float]
+) -> list[dict[str, Any]]:
     """Return one row a module and one for both: counts, weights, achieved and requested ratio."""
     rows = []
-    groups = by_module(layers)
-    requested = {"total": plan["requested_ratio"], **requested_rates(groups, plan["parameters"])}
-    for module, members in [*groups.items(), ("total", layers)]:
+    for module, members in [*by_module(layers).items(), ("total", layers)]:
         sums = {key: sum(int(row[key]) for row in members) for key in ("units", "kept", "weights", "kept_weights")}
-        row = {"module": module, "requested": requested.get(module), "achieved": plan["achieved_ratio"].get(module)}
+        row = {"module": module, "requested": requested.get(module), "achieved": achieved.get(module)}
         rows.append({**row, **sums})
     return rows
-
-
-def requested_rates(
-    groups: Mapping[str, Sequence[Mapping[str, str]]], parameters: Mapping[str, Any]
-) -> dict[str, float]:
-    """Return the rates that the ratio and gamma ask of attention and of the MLP, before counting whole units.
-
-    A rate that would pass its cap (one KV group, or one block of neurons, stays in every layer) is clipped there
-    and the other one meets the total, but for the published rule, which knows no caps.
-    """
-    if set(groups) != {"attention", "mlp"} or parameters.get("gamma") is None:  # a joint ranking asks for no rates
-        return {}
-    least = {"attention": 1, "mlp": parameters["round_to"]}
-    weights, removable = (
-        {module: sum(int(row["weights"]) * share(module, row) for row in rows) for module, rows in groups.items()}
-        for share in (lambda module, row: 1, lambda module, row: max(0, 1 - least[module] / int(row["units"])))
-    )
-    caps = None if parameters["rule"] == "published" else removable
-    return module_rates(weights, caps, parameters["pruning_ratio"], parameters["gamma"])
 
 
 def task_rows(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> list[dict[str, Any]]:

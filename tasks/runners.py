@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nirvana.estimate import devices
 from tasks.jobs import Finish, Job, Progress, Worker
 
 if TYPE_CHECKING:
@@ -28,20 +29,19 @@ def run(
         workers: What `runtime.workers` stands for here.
         device: What `runtime.device` stands for here.
         finish: Called in this process, in the order in which values arrive.
-        progress: Called with shares of jobs as they are done.
+        progress: Called with shares of jobs as they are done; Dask's workers tell whole jobs only.
 
     Raises:
         InputError: What a worker raised, that a worker was killed twice at one job, or that Dask workers cannot be
             reached or are not like this process.
     """
-
-    def finish_whole(job: Job, value: bytes) -> None:
-        finish(job, value)
-        progress(1)
-
     threads = torch.get_num_threads()
     if runtime.runner == "dask":
         from tasks.dask_pool import run_in_dask  # takes a second to import
+
+        def finish_whole(job: Job, value: bytes) -> None:
+            finish(job, value)
+            progress(1)
 
         run_in_dask(worker, jobs, workers, runtime.scheduler, device, threads, finish_whole)
     elif workers == 1 or len(jobs) == 1:
@@ -50,8 +50,8 @@ def run(
     else:
         from tasks.process_pool import run_in_processes
 
-        devices = slot_devices(device, workers, _gpu_count(device))
-        run_in_processes(worker, jobs, devices, threads, finish_whole)
+        slots = slot_devices(device, workers, devices(device))
+        run_in_processes(worker, jobs, slots, threads, finish, progress)
 
 
 def slot_devices(device: torch.device, slots: int, gpus: int) -> list[str]:
@@ -65,7 +65,3 @@ def slot_devices(device: torch.device, slots: int, gpus: int) -> list[str]:
     if device.type != "cuda" or device.index is not None or gpus < 2:
         return [str(device)] * slots
     return [f"cuda:{slot % gpus}" for slot in range(slots)]
-
-
-def _gpu_count(device: torch.device) -> int:
-    return torch.cuda.device_count() if device.type == "cuda" else 0

@@ -90,10 +90,9 @@ def bias_compensation(
         weight = stack.parameter(slot.parameter)
         mean = statistics.mean[slot.parameter][columns].to(weight.device)
         bias = weight.index_select(1, columns.to(weight.device)).double() @ mean
-        name = slot.parameter.removesuffix("weight") + "bias"
-        if name in stack.weights:
-            bias = bias + stack.parameter(name)
-        result[name] = bias.float()
+        if projection.bias_name in stack.weights:
+            bias = bias + stack.parameter(projection.bias_name)
+        result[projection.bias_name] = bias.float()
     return result
 
 

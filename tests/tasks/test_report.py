@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from nirvana.errors import InputError
 from nirvana.plan import Plan
+from nirvana.plan_summary import requested_rates
 from tasks import plots, registry, report
 from tasks.params import Params, flatten, load_params, restrict
 from tasks.plots import figures, written
@@ -570,20 +571,10 @@ def test_saliency_of_zero_or_of_one_value_is_drawn(tmp_path: Path, values: list[
     assert "nan" not in figures(inputs)["saliency"]
 
 
-def test_the_request_of_each_module_follows_ratio_and_gamma() -> None:
-    groups = {
-        "attention": [{"units": "4", "weights": "100"}],
-        "mlp": [{"units": "64", "weights": "300"}],
-    }
-    asked = {"pruning_ratio": 0.2, "gamma": 3.0, "round_to": 8, "rule": "exact"}
-    assert report.requested_rates(groups, asked) == pytest.approx({"attention": 0.08, "mlp": 0.24})
-    # attention would lose 0.8 of its weights but must keep one group of four: the MLP makes up for it
-    steep = {**asked, "pruning_ratio": 0.35, "gamma": 0.25}
-    assert report.requested_rates(groups, steep) == pytest.approx({"attention": 0.75, "mlp": 65 / 300})
-    assert report.requested_rates(groups, {**steep, "rule": "published"})["attention"] == pytest.approx(0.8)
-    # the MLP would lose all of its weights but must keep 8 of 64 neurons
-    wide = {**asked, "pruning_ratio": 0.7, "gamma": 20.0}
-    assert report.requested_rates(groups, wide) == pytest.approx({"attention": 0.175, "mlp": 0.875})
+def test_the_request_of_each_module_is_the_plans(page: Page, inputs: dict[str, Path]) -> None:
+    for module, rate in requested_rates(Plan.read(inputs["plan"])).items():
+        row = page.source.split(f'<th scope="row">{plots.title_of(module)}</th>')[1].partition("</tr>")[0]
+        assert f"<td>{rate:.4f}</td>" in row
 
 
 @pytest.mark.parametrize(

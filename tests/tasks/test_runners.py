@@ -19,6 +19,7 @@ from nirvana.errors import InputError
 from tasks import runners
 from tasks.jobs import Job, Outcome, WorkerError, attempt
 from tasks.params import Runtime
+from tasks.process_pool import run_in_processes
 from tasks.runners import slot_devices
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +99,14 @@ def test_errors_travel_as_text(tmp_path):
     with pytest.raises(MemoryError):
         Outcome(error="MemoryError").unwrap()
     assert attempt(toy_workers.square, make_jobs(tmp_path)[3], "cpu") == Outcome(b"9")
+
+
+def test_a_process_tells_shares_of_its_job_and_those_lost_with_it_are_taken_back(tmp_path):
+    values, shares = [], []
+    jobs = make_jobs(tmp_path)[2:3]
+    run_in_processes(toy_workers.killed_once, jobs, ["cpu"], 1, lambda job, value: values.append(value), shares.append)
+    assert values == [b"4"]
+    assert shares == [0.5, -0.5, 0.5, 0.5, 0]
 
 
 @pytest.mark.slow
