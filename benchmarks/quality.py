@@ -1,7 +1,8 @@
 """`python -m benchmarks.quality`: how much of the model our best method keeps, against the published one's.
 
 Perplexity of mask Fisher with least squares divided by that of NIRVANA as its authors' code counts, both measured here,
-on the same ids. Rows are kept in the studies' cache: a run that was stopped goes on where it was.
+on the same ids; as in preset `best`, compensation reads text of the model's own besides. Rows are kept in the studies'
+cache: a run that was stopped goes on where it was.
 """
 
 import os
@@ -25,15 +26,17 @@ def measure(model: Path, ids: Path, limits: dict[float, float] | None = None) ->
     Args:
         model: The dense model.
         ids: Directory of token ids, see `tasks.studies.texts.texts_of_ids`; compensation has all of them that
-            calibration may use.
+            calibration may use, and what the model writes.
         limits: By ratio.
     """
     import numpy as np
 
+    from tasks.params import PRESETS
     from tasks.studies.comparison import Comparison
-    from tasks.studies.texts import texts_of_ids
+    from tasks.studies.texts import texts_of_ids, with_generated
 
-    comparison = Comparison(model, texts_of_ids(ids), ridge=RIDGE)
+    texts = with_generated(texts_of_ids(ids), model, PRESETS["best"]["compensation.self_generated"])
+    comparison = Comparison(model, texts, ridge=RIDGE)
 
     def perplexity(row: dict) -> float:
         return float(np.exp(np.mean(row["losses"])))

@@ -13,12 +13,14 @@ import typer
 
 from flows.options import (
     COMPENSATION_SEQUENCES,
+    SELF_GENERATED,
     TOKENS,
     CompensationSequencesOption,
     IdsOption,
     JudgeOption,
     ModelOption,
     RatiosOption,
+    SelfGeneratedOption,
     ThreadsOption,
     TokensOption,
     names,
@@ -81,7 +83,7 @@ def compare(asked: Asked, changed: dict[str, Any]) -> Outcome:
     files = report(lines)
     run_id = record("compare", asdict(settings) | text_parameters(on.texts), series(lines), files, conclusion)
     title = "Methods by ratio and perplexity; loss in nats a token, with its 95 % interval"
-    notes = [fitted_on(on.texts)]
+    notes = [fitted_on(on.texts, asked)]
     notes += ["*  more than 0.5 point off the budget"] if any(line.off_budget for line in lines) else []
     return Outcome([as_table(title, shown(lines, reference), left=(1,))], conclusion, files, run_id, notes)
 
@@ -113,6 +115,7 @@ def main(
     model: ModelOption = None,
     tokens: TokensOption = TOKENS,
     compensation_sequences: CompensationSequencesOption = COMPENSATION_SEQUENCES,
+    self_generated: SelfGeneratedOption = SELF_GENERATED,
     seeds: Annotated[int, typer.Option(min=1, help="Of the methods that draw something.")] = 1,
     threads: ThreadsOption = None,
     quick: Annotated[
@@ -121,7 +124,16 @@ def main(
 ) -> None:
     """Compare NIRVANA and its rivals under one protocol."""
     with one_line_errors():
-        asked = Asked.of(ids, model, tokens, threads, quick, judge, compensation_sequences=compensation_sequences)
+        asked = Asked.of(
+            ids,
+            model,
+            tokens,
+            threads,
+            quick,
+            judge,
+            compensation_sequences=compensation_sequences,
+            self_generated=self_generated,
+        )
         changed: dict[str, Any] = {"seeds": seeds}
         if quick:
             changed |= {"ratios": (0.4,), "methods": ("nirvana", "fisher", "flap")}

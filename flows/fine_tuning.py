@@ -14,10 +14,12 @@ import typer
 
 from flows.options import (
     COMPENSATION_SEQUENCES,
+    SELF_GENERATED,
     TOKENS,
     CompensationSequencesOption,
     IdsOption,
     ModelOption,
+    SelfGeneratedOption,
     ThreadsOption,
     TokensOption,
     WaysOption,
@@ -115,7 +117,7 @@ def fine_tuning(asked: Asked, corpus: Path | None, changed: dict[str, Any]) -> O
 
 
 def _notes(asked: Asked, texts: Any, corpus: Path | None, lines: list[Any]) -> list[str]:
-    notes = [f"LS  output projections solved for by least squares; {fitted_on(texts)}"]
+    notes = [f"LS  output projections solved for by least squares; {fitted_on(texts, asked)}"]
     source = f"documents of {corpus}" if corpus else "the pipeline's corpus (corpus.source in params.yaml)"
     if asked.ids or corpus:
         notes.append(f"trained on {source}, pruned and judged on other text: a gain has to carry over")
@@ -143,6 +145,7 @@ def main(
     model: ModelOption = None,
     tokens: TokensOption = TOKENS,
     compensation_sequences: CompensationSequencesOption = COMPENSATION_SEQUENCES,
+    self_generated: SelfGeneratedOption = SELF_GENERATED,
     threads: ThreadsOption = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Two methods, 4,096 training tokens: to see that it works.")
@@ -150,7 +153,15 @@ def main(
 ) -> None:
     """Measure what fine-tuning makes of each method's pruned model; training text is always a corpus's."""
     with one_line_errors():
-        asked = Asked.of(ids, model, tokens, threads, quick, compensation_sequences=compensation_sequences)
+        asked = Asked.of(
+            ids,
+            model,
+            tokens,
+            threads,
+            quick,
+            compensation_sequences=compensation_sequences,
+            self_generated=self_generated,
+        )
         changed: dict[str, Any] = QUICK | {"tokens": QUICK_TRAINING_TOKENS} if quick else {}
         if methods is not None:
             changed["ways"] = ways(methods)

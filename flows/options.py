@@ -7,7 +7,8 @@ import typer
 
 from nirvana.errors import InputError
 
-TOKENS, COMPENSATION_SEQUENCES = 4096, 32
+TOKENS, COMPENSATION_SEQUENCES, SELF_GENERATED = 4096, 32, 24
+
 QUICK_TOKENS = 2048
 _BEST = "fisher+least_squares"
 """What `best` stands for among methods."""
@@ -27,6 +28,7 @@ CorpusOption = Annotated[
 ModelOption = Annotated[Path | None, typer.Option(help="Model directory, in place of the pipeline's.")]
 TokensOption = Annotated[int, typer.Option(min=2, help="Evaluation tokens.")]
 CompensationSequencesOption = Annotated[int, typer.Option(min=1, help="Sequences that compensation is fitted on.")]
+SelfGeneratedOption = Annotated[int, typer.Option(min=0, help="More of them, which the dense model writes itself.")]
 ProcessesOption = Annotated[int, typer.Option(min=1, help="Models worked on at a time.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Intra-op threads; params.yaml's by default.")]
 

@@ -89,7 +89,7 @@ def _bring_all_up_to_date(names: list[str], wait_minutes: int, logger: Any) -> S
     start = time.monotonic()
     results = []
     for number, name in enumerate(names, 1):
-        if name == "collect_gradients":
+        if name == "generate_text":  # the first to compute on the model
             _show_estimate()
         logger.info("[%d/%d] %s", number, len(names), name)
         step_start = time.monotonic()

@@ -13,11 +13,13 @@ import typer
 
 from flows.options import (
     COMPENSATION_SEQUENCES,
+    SELF_GENERATED,
     TOKENS,
     CompensationSequencesOption,
     IdsOption,
     ModelOption,
     RatiosOption,
+    SelfGeneratedOption,
     ThreadsOption,
     TokensOption,
     numbers,
@@ -92,12 +94,21 @@ def main(
     model: ModelOption = None,
     tokens: TokensOption = TOKENS,
     compensation_sequences: CompensationSequencesOption = COMPENSATION_SEQUENCES,
+    self_generated: SelfGeneratedOption = SELF_GENERATED,
     threads: ThreadsOption = None,
     quick: Annotated[bool, typer.Option("--quick", help="One ratio, 2,048 tokens: to see that it works.")] = False,
 ) -> None:
     """Compare pruning, quantising to int8 and int4, and both."""
     with one_line_errors():
-        asked = Asked.of(ids, model, tokens, threads, quick, compensation_sequences=compensation_sequences)
+        asked = Asked.of(
+            ids,
+            model,
+            tokens,
+            threads,
+            quick,
+            compensation_sequences=compensation_sequences,
+            self_generated=self_generated,
+        )
         changed: dict[str, Any] = dict(QUICK) if quick else {}
         if ratios is not None:
             changed["ratios"] = numbers("--ratios", ratios)

@@ -58,6 +58,7 @@ class Asked:
     model: Path | None = None
     tokens: int = TOKENS
     compensation_sequences: int = COMPENSATION_SEQUENCES
+    self_generated: int = 0
     threads: int | None = None
     judge: Path | None = None
 
@@ -176,7 +177,7 @@ def bring(steps: Iterable[str]) -> None:
 def prepare(asked: Asked) -> dict[str, Path]:
     """Have DVC bring the model, and unless ids are given the text, up to date; return where they are."""
     steps = [] if asked.model else ["fetch_model"]
-    steps += [] if asked.ids else ["fetch_corpus", "sample_pool"]
+    steps += [] if asked.ids else ["fetch_corpus", "generate_text", "sample_pool"]
     bring(steps)
     files = paths("fetch_model")[1] | paths("fetch_corpus")[1] | paths("sample_pool")[1]
     return files | ({"model": asked.model} if asked.model else {})
@@ -185,7 +186,7 @@ def prepare(asked: Asked) -> dict[str, Path]:
 @task
 def read_texts(asked: Asked, files: dict[str, Path]) -> Any:
     """Read what every method calibrates on and is judged by."""
-    from tasks.studies.texts import judged_on, texts_of_ids, texts_of_pipeline
+    from tasks.studies.texts import judged_on, texts_of_ids, texts_of_pipeline, with_generated
 
     # what another text is judged by says nothing of how much this one has to hold
     sizes = (_FEWEST if asked.judge else asked.tokens, asked.compensation_sequences)
@@ -193,6 +194,7 @@ def read_texts(asked: Asked, files: dict[str, Path]) -> Any:
         texts = texts_of_ids(asked.ids, *sizes)
     else:
         texts = texts_of_pipeline(load_params(), files["model"], files, *sizes)
+    texts = with_generated(texts, files["model"], asked.self_generated)
     return judged_on(texts, asked.judge, files["model"], asked.tokens) if asked.judge else texts
 
 
@@ -213,7 +215,8 @@ def text_parameters(texts: Any) -> dict[str, Any]:
     return {"text": digests, "sequences_and_tokens": {name: list(getattr(texts, name).ids.shape) for name in names}}
 
 
-def fitted_on(texts: Any) -> str:
+def fitted_on(texts: Any, asked: Asked) -> str:
     """Return a note of what compensation was fitted on."""
     sequences, length = texts.compensation.ids.shape
-    return f"compensation was fitted on {sequences} x {length} tokens"
+    own = f", {asked.self_generated} x {length} of them the dense model's own" if asked.self_generated else ""
+    return f"compensation was fitted on {sequences} x {length} tokens{own}"

@@ -14,11 +14,13 @@ import typer
 
 from flows.options import (
     COMPENSATION_SEQUENCES,
+    SELF_GENERATED,
     CompensationSequencesOption,
     CorpusOption,
     IdsOption,
     ModelOption,
     RatiosOption,
+    SelfGeneratedOption,
     ThreadsOption,
     WaysOption,
     numbers,
@@ -62,7 +64,8 @@ class Judged(NamedTuple):
 @task
 def prepare(asked: Asked, corpus: Path | None) -> dict[str, Path]:
     """Have DVC bring up to date what is not given: model, corpus, and the pool unless ids or a corpus are."""
-    needed = {"fetch_model": asked.model, "fetch_corpus": corpus, "sample_pool": asked.ids or corpus}
+    needed = {"fetch_model": asked.model, "fetch_corpus": corpus}
+    needed |= dict.fromkeys(("generate_text", "sample_pool"), asked.ids or corpus)
     bring(step for step, given in needed.items() if given is None)
     files = paths("fetch_model")[1] | paths("fetch_corpus")[1] | paths("sample_pool")[1]
     given = {"model": asked.model, "corpus": corpus}
@@ -73,17 +76,19 @@ def prepare(asked: Asked, corpus: Path | None) -> dict[str, Path]:
 def read_texts(asked: Asked, files: dict[str, Path], corpus: Path | None) -> Any:
     """Read what every method calibrates on: ids, the pipeline's, or what the pipeline would draw from a corpus."""
     from tasks import sample_pool
-    from tasks.studies.texts import texts_of_ids, texts_of_pipeline
+    from tasks.studies.texts import texts_of_ids, texts_of_pipeline, with_generated
 
     params, sizes = load_params(), (asked.tokens, asked.compensation_sequences)
-    if asked.ids:
-        return texts_of_ids(asked.ids, *sizes)
-    if corpus is None:
-        return texts_of_pipeline(params, files["model"], files, *sizes)
     with tempfile.TemporaryDirectory(prefix="nirvana-zero-shot-") as scratch:
-        drawn = {name: Path(scratch) / path.name for name, path in paths("sample_pool")[1].items()}
-        sample_pool.run(params, files, drawn)
-        return texts_of_pipeline(params, files["model"], files | drawn, *sizes)
+        if corpus is not None and not asked.ids:
+            drawn = {name: Path(scratch) / path.name for name, path in paths("sample_pool")[1].items()}
+            # what compensation is fitted on is drawn below
+            sample_pool.run(replace(params, compensation=replace(params.compensation, method="none")), files, drawn)
+            files = files | drawn
+        texts = (
+            texts_of_ids(asked.ids, *sizes) if asked.ids else texts_of_pipeline(params, files["model"], files, *sizes)
+        )
+    return with_generated(texts, files["model"], asked.self_generated)
 
 
 @task
@@ -136,7 +141,7 @@ def zero_shot(asked: Asked, judged: Judged, changed: dict[str, Any]) -> Outcome:
     run_id = record("zero_shot", parameters, summary.series(lines), written, conclusion)
     tables = [as_table(title, rows, left=(1,)) for title, rows in summary.tables(lines).items()]
     seconds = [line.seconds_per_item for line in lines if line.kind == summary.ALL]
-    notes = [fitted_on(on.texts)]
+    notes = [fitted_on(on.texts, asked)]
     notes += [f"{sum(seconds) / len(seconds):.2f} s an item and model"] if seconds else []
     return Outcome(tables, conclusion, written, run_id, notes)
 
@@ -165,6 +170,7 @@ def main(
     ids: IdsOption = None,
     model: ModelOption = None,
     compensation_sequences: CompensationSequencesOption = COMPENSATION_SEQUENCES,
+    self_generated: SelfGeneratedOption = SELF_GENERATED,
     threads: ThreadsOption = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Two methods, one ratio, 60 items: to see that it works.")
@@ -172,7 +178,14 @@ def main(
 ) -> None:
     """Measure how much zero-shot accuracy each method loses."""
     with one_line_errors():
-        asked = Asked.of(ids, model, _NO_TOKENS, threads, compensation_sequences=compensation_sequences)
+        asked = Asked.of(
+            ids,
+            model,
+            _NO_TOKENS,
+            threads,
+            compensation_sequences=compensation_sequences,
+            self_generated=self_generated,
+        )
         changed: dict[str, Any] = dict(QUICK) if quick else {}
         if ratios is not None:
             changed["ratios"] = numbers("--ratios", ratios)

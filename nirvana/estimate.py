@@ -16,14 +16,17 @@ import torch
 from nirvana.anonymous_memory import available_bytes
 from nirvana.estimate_memory import (
     BASE_BYTES,
+    WRITTEN_AT_ONCE,
     compensation_bytes,
     divergence_bytes,
     evaluation_bytes,
     fisher_bytes,
+    fitted_sequences,
     generation_bytes,
     perplexity_bytes,
     recovery_bytes,
     saliency_bytes,
+    self_generation_bytes,
 )
 from nirvana.estimate_sizes import Sizes, Workload
 from nirvana.walk import Execution, Memory
@@ -53,7 +56,9 @@ WORTH_A_WORKER = 5e11
 READ_BYTES_PER_SECOND = 2e9
 """Of files that are still in memory, as after a download or a first pass."""
 
-StepName = Literal["collect_gradients", "score_pool", "compensate", "prune", "recover", "evaluate", "benchmark"]
+StepName = Literal[
+    "generate_text", "collect_gradients", "score_pool", "compensate", "prune", "recover", "evaluate", "benchmark"
+]
 """As in the flow; `compensate` is the first part of the step prune."""
 
 _EXECUTIONS: tuple[Execution, ...] = ("resident", "streamed")
@@ -98,7 +103,8 @@ def estimate(
     work = work or Workload()
     sizes, on_cpu = Sizes.of(model_directory), torch.device(device).type == "cpu"
     steps = _Steps(sizes, work, on_cpu, operations_per_second or matmul_rate(torch.device(device)))
-    result = [*steps.saliency(), *steps.divergence()]
+    result = [steps.self_generation()] if work.self_generated and sizes.streams == 1 else []
+    result += [*steps.saliency(), *steps.divergence()]
     if work.compensation_sequences:
         result += steps.compensation()
     result.append(steps.surgery())
@@ -120,6 +126,13 @@ class _Steps:
             sizes.stored_bytes * each for each in (sizes.block_weights, sizes.weights)
         )
         self.pruned_bytes = int(sizes.stored_bytes * (sizes.weights - work.pruning_ratio * sizes.block_weights))
+
+    def self_generation(self) -> StepEstimate:
+        sizes, count, length = self.sizes, self.work.self_generated, self.work.compensation_length
+        # each token of a batch reads all weights anew; a GPU does so in next to no time
+        read = 4 * sizes.weights * length * math.ceil(count / WRITTEN_AT_ONCE) if self.on_cpu else self.model_bytes
+        peak = self_generation_bytes(sizes, self.work, self.on_cpu)
+        return self._step("generate_text", "resident", peak, count * length * (self.body + self.head), read)
 
     def saliency(self) -> Iterator[StepEstimate]:
         work, sizes = self.work, self.sizes
@@ -150,7 +163,7 @@ class _Steps:
 
     def compensation(self) -> Iterator[StepEstimate]:
         sizes = self.sizes
-        tokens = self.work.compensation_sequences * self.work.compensation_length
+        tokens = fitted_sequences(sizes, self.work) * self.work.compensation_length
         # the dense layer; the pruned one up to either projection, then what they write
         walked = tokens * self.body * (1 + 7 / 3 * self.kept)
         hidden, columns = sizes.hidden, self.kept * sizes.written_from

@@ -18,9 +18,13 @@ HARNESS_TOKENS = 64
 ARENA_BYTES = 30_000_000
 """What the allocator and the threads of the kernels keep."""
 SCORING_ARENA_BYTES = 230_000_000
-"""The same, where layers of ever other sizes are cut and freed: measured between 60 and 340 MB."""
+"""The same, where tensors of ever other sizes are made and freed: measured between 60 and 340 MB."""
 HEAD_ROWS = 4096
 """Of the head at a time, as `nirvana.fisher` reads it."""
+WRITTEN_AT_ONCE = 128
+"""Sequences that share a forward, as `nirvana.generation` writes them."""
+LOGIT_COPIES = 4
+"""Of sequences · vocabulary at once: logits, those of allowed tokens, their probabilities, what a draw takes."""
 MICROBATCH_TOKENS = 256
 """Of a forward of `nirvana.recovery`."""
 ADAPTER_LIBRARY_BYTES = 100_000_000
@@ -84,9 +88,23 @@ def divergence_bytes(sizes: Sizes, work: Workload, execution: Execution, on_cpu:
     return fixed + _weights_in_memory(sizes, execution, on_cpu) + states + passing + sliced
 
 
+def self_generation_bytes(sizes: Sizes, work: Workload, on_cpu: bool = True) -> int:
+    """Return the peak of the dense model writing text: the whole model, keys and values, logits of one step."""
+    rows = min(work.self_generated, WRITTEN_AT_ONCE)
+    weights = 0 if _mapped(sizes, on_cpu) else 4 * sizes.weights
+    cache = 4 * sizes.kv_width * rows * work.compensation_length
+    logits = 4 * LOGIT_COPIES * rows * sizes.vocabulary
+    return BASE_BYTES + SCORING_ARENA_BYTES + weights + cache + logits
+
+
+def fitted_sequences(sizes: Sizes, work: Workload) -> int:
+    """Return how many sequences compensation is fitted on, those of the model's own included."""
+    return work.compensation_sequences + (work.self_generated if sizes.streams == 1 else 0)
+
+
 def compensation_bytes(sizes: Sizes, work: Workload, execution: Execution, on_cpu: bool = True) -> int:
     """Return the peak of solving for the output projections in one process, in a layer that keeps all its units."""
-    tokens = work.compensation_sequences * work.compensation_length
+    tokens = fitted_sequences(sizes, work) * work.compensation_length
     at_once = min(tokens, max(FORWARD_TOKENS, work.compensation_length))
     # both streams before and behind the layer, what either projection writes, what is lacking, the target; what enters
     states = 4 * ((4 + 4 * sizes.streams) * sizes.hidden + sizes.written_from) * tokens

@@ -29,6 +29,8 @@ class Workload:
     pruning_ratio: float = 0.2
     compensation_sequences: int = 0
     """0: no compensation."""
+    self_generated: int = 0
+    """Further sequences to compensate on, which the dense model writes; 0: none. Encoder-decoders write none."""
     compensation_length: int = 128
     recovery_tokens: int = 0
     """0: no fine-tuning."""
@@ -66,6 +68,8 @@ class Sizes:
     """Widest feed-forward activation of a token."""
     written_from: int
     """Columns of the widest matrix that writes to the residual stream: of one expert's, where there are any."""
+    kv_width: int
+    """Keys and values of a token, of all layers together."""
     adapter_rows: int
     """Rows and columns together of all matrices that units own: an adapter has so many weights a rank."""
     streams: int
@@ -107,6 +111,7 @@ class Sizes:
             active_weights=sum(by_layer) - sum(fused) * (experts - met) // experts,
             neurons=neurons * met // experts,
             written_from=max(shape[1] for shape in _owned(architecture, 1).values()),
+            kv_width=_kv_width(architecture),
             adapter_rows=sum(
                 shape[0] + shape[1] for shape in {**_owned(architecture, 0), **_owned(architecture, 1)}.values()
             ),
@@ -121,6 +126,15 @@ def _owned(architecture: Architecture, dim: int) -> dict[str, tuple[int, ...]]:
     shapes = architecture.parameter_shapes
     slots = (slot for site in architecture.sites() for slot in site.weight_slots)
     return {slot.parameter: shapes[slot.parameter] for slot in slots if slot.dim == dim and slot.parameter in shapes}
+
+
+def _kv_width(architecture: Architecture) -> int:
+    # a unit has as many rows of queries as columns of the output projection: what is left are keys and values
+    attention = [site for site in architecture.sites() if site.module == "attention"]
+    return sum(
+        site.units * sum(slot.block if slot.dim == 0 else -slot.block for slot in site.weight_slots)
+        for site in attention
+    )
 
 
 def _stored_bytes(directory: Path, dtype: torch.dtype | None) -> int:

@@ -58,6 +58,7 @@ def workload(params: "Params") -> "Workload":
         draws=params.saliency.draws,
         pruning_ratio=params.allocation.pruning_ratio,
         compensation_sequences=params.compensation.sequences if compensated else 0,
+        self_generated=params.compensation.self_generated if compensated else 0,
         compensation_length=params.compensation.sequence_length,
         recovery_tokens=params.recovery.tokens,
         recovery_rank=params.recovery.rank,

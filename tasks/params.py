@@ -39,12 +39,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "saliency.method": "nirvana",
         "allocation.ranking": "modules",
         "compensation.method": "none",
+        "compensation.self_generated": 0,
     },
     "best": {
         "calibration.averaged": 6,
         "saliency.method": "fisher",
         "allocation.ranking": "joint",
         "compensation.method": "least_squares",
+        "compensation.self_generated": 96,
     },
 }
 
@@ -186,6 +188,7 @@ class Compensation:
     ]
     ridge: Positive
     sequences: Count
+    self_generated: Annotated[Natural, Field(description="a whole number of 0 or more, or null for the preset's")]
     sequence_length: Window
 
 

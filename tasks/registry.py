@@ -94,8 +94,22 @@ STEPS: tuple[Step, ...] = (
     ),
     Step("fetch_corpus", (), {"corpus": Out("data/corpus")}, ("corpus",), torch=False, online=lambda params: True),
     Step(
+        "generate_text",
+        ("model",),
+        {"generated_ids": Out("data/generated.safetensors")},
+        (
+            "compensation.method",
+            "compensation.self_generated",
+            "compensation.sequence_length",
+            "calibration.seed",
+            "compute",
+            _PRESET,
+        ),
+        torch=False,  # unless there is something to write: the step sees to it itself
+    ),
+    Step(
         "sample_pool",
-        ("model", "corpus"),
+        ("model", "corpus", "generated_ids"),
         {
             "candidates": Out("data/candidates.safetensors"),
             "heldout": Out("data/heldout.safetensors"),

@@ -6,7 +6,8 @@ of the pool never changes what is judged, and adding a document moves no other.
 Calibration documents are put in an order by hash and seed; each candidate takes the next few of them. A larger pool
 therefore begins with the same candidates, as long as one sequence a document is enough to fill it.
 
-Compensation fits on sequences of its own, from the same calibration documents: it needs more of them than saliency.
+Compensation fits on sequences of its own: some that the model wrote (generate_text), the others from the same
+calibration documents; it needs more of them than saliency.
 
 For an encoder-decoder each sequence of text then becomes a source and a target (tasks/span_corruption.py); the lengths
 in params.yaml are those of the text.
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from nirvana.architectures.registry import read_config
@@ -72,7 +73,7 @@ def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path])
         order=heldout_order,
         names=("one held-out batch", "calibration.heldout_sequences", "calibration.heldout_length"),
     )
-    fitted = _drawn_for_compensation(params, splits["calibration"], encoder)
+    fitted = _for_compensation(params, splits["calibration"], encoder, inputs)
     if not splits["evaluation"]:
         raise InputError(
             f"corpus: expected documents to evaluate on, none of its {sum(map(len, splits.values()))} fell into the "
@@ -90,8 +91,13 @@ def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path])
     _LOG.info("pool of %s tokens from %d documents", pool.input_ids.shape, sum(map(len, pool.documents)))
 
 
-def _drawn_for_compensation(params: Params, documents: Sequence[Document], encoder: Encoder) -> Pool:
-    """Return the sequences that compensation fits on: none where there is no compensation."""
+def _for_compensation(
+    params: Params, documents: Sequence[Document], encoder: Encoder, inputs: Mapping[str, Path]
+) -> Pool:
+    """Return the sequences that compensation fits on: none where there is no compensation.
+
+    Documents are named for those that the model did not write.
+    """
     asked = params.compensation
     if asked.method == "none":
         return Pool(np.empty((0, asked.sequence_length), dtype=np.int64), [])
@@ -104,7 +110,13 @@ def _drawn_for_compensation(params: Params, documents: Sequence[Document], encod
         order=f"compensation {params.calibration.seed}",
         names=("one batch for compensation", "compensation.sequences", "compensation.sequence_length"),
     )
-    return Pool(drawn.input_ids[0], drawn.documents)
+    return Pool(interleaved(drawn.input_ids[0], load_file(inputs["generated_ids"])["input_ids"]), drawn.documents)
+
+
+def interleaved(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return the rows of both, each kind spread evenly: any stretch of them is a fair sample."""
+    places = [(np.arange(len(rows)) + 0.5) / max(1, len(rows)) for rows in (first, second)]
+    return np.concatenate([first, second])[np.argsort(np.concatenate(places), kind="stable")]
 
 
 def split_documents(documents: Sequence[Document]) -> dict[str, list[Document]]:

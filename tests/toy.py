@@ -1,4 +1,4 @@
-"""A checkout whose fourteen steps are toys: the real flow, registry, parameters, DVC and MLflow, milliseconds of work.
+"""A checkout whose fifteen steps are toys: the real flow, registry, parameters, DVC and MLflow, milliseconds of work.
 
 A toy step writes a digest of its inputs and declared parameters, so a wrong output shows, and a line to
 .cache/runs.log, so that a recomputation shows.

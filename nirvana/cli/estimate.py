@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 Preset = Literal["nirvana", "best"]
-BEST: dict[str, Any] = {"saliency": "fisher", "compensation_sequences": 160}
+BEST: dict[str, Any] = {"saliency": "fisher", "compensation_sequences": 160, "self_generated": 96}
 """What the preset of that name asks of the steps."""
 
 EPILOG = (

@@ -5,16 +5,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from nirvana.device import resolve_device
 from nirvana.errors import InputError
 from nirvana.files import read_json
 from nirvana.perplexity import windows_from_documents
+from nirvana.weights import model_digest
 from tasks.documents import Document, expand, read_documents, read_files
+from tasks.generate_text import written_by
 from tasks.model_directory import load_tokenizer
-from tasks.sample_pool import Encoder, draw, split_documents
+from tasks.sample_pool import Encoder, draw, interleaved, split_documents
 from tasks.studies.comparison import Text, Texts
+from tasks.studies.store import cached
 from tasks.token_files import read_ids
 
 if TYPE_CHECKING:
@@ -94,6 +99,28 @@ def judged_on(texts: Texts, path: Path, model: Path, tokens: int) -> Texts:
     return replace(texts, evaluation=Text(ids))
 
 
+def with_generated(texts: Texts, model: Path, count: int, seed: int = 0) -> Texts:
+    """Return the texts with more to fit compensation on, which the dense model writes itself.
+
+    Args:
+        texts: Of the ids or the pipeline.
+        model: The dense model.
+        count: Sequences; 0: the texts as they are.
+        seed: Of what it writes.
+
+    Raises:
+        InputError: If the model does not fit into memory.
+    """
+    if not count:
+        return texts
+    rows = texts.compensation.ids
+    length = rows.shape[1]
+    stated = {"study": "generated", "model": model_digest(model), "sequences": count, "length": length, "seed": seed}
+    found = cached(stated, lambda: {"ids": written_by(model, count, length, seed, resolve_device("auto")).tolist()})
+    mixed = interleaved(rows.numpy(), np.asarray(found["ids"]))
+    return replace(texts, compensation=Text(torch.from_numpy(mixed)))
+
+
 def read_text(path: Path, option: str) -> list[Document]:
     """Read documents: a text file is one, a row of JSON is one.
 
@@ -120,10 +147,9 @@ def texts_of_pipeline(
     Args:
         params: How it drew.
         model: The dense model, whose tokenizer reads documents.
-        files: `candidates`, `heldout`, `compensation_ids`, `evaluation` and `corpus`: outputs of sample_pool and of
-            fetch_corpus.
+        files: `candidates`, `heldout`, `evaluation` and `corpus`: outputs of sample_pool and of fetch_corpus.
         tokens: Evaluation tokens, BOS included; rounded up to windows of `WINDOW`.
-        compensation_sequences: The pipeline's where it drew so many, else drawn as it would.
+        compensation_sequences: Drawn as the pipeline draws its own.
 
     Raises:
         InputError: If a file is missing or the corpus is too small.
@@ -151,9 +177,6 @@ def _one(streams: tuple[Tensor, ...], file: Path) -> Tensor:
 
 
 def _for_compensation(params: "Params", files: Mapping[str, Path], encoder: Encoder, sequences: int) -> Tensor:
-    drawn = _one(read_ids(files["compensation_ids"]), files["compensation_ids"])
-    if len(drawn) >= sequences:
-        return drawn[:sequences].clone()
     pool = draw(
         split_documents(read_documents(files["corpus"] / "documents.jsonl"))["calibration"],
         encoder,

@@ -56,7 +56,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, api: str) -> Path:
     path = toy_checkout(tmp_path_factory.mktemp("finished"))
     done = flow(path, api)
     assert runs(path) == TOYS
-    assert "14 of 14 steps ran" in done.stdout
+    assert "15 of 15 steps ran" in done.stdout
     commit(path, "ran")
     return path
 

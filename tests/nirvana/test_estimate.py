@@ -4,21 +4,25 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import all_families, save_family
+from tiny import all_families, family_configs, model_type_of, random_ids, save_family
 from transformers import LlamaConfig
 
-from nirvana import estimate
+from nirvana import estimate, generation
 from nirvana.adapter import attach
 from nirvana.architectures.registry import describe
 from nirvana.errors import InputError
 from nirvana.estimate import Sizes, Workload, choose
 from nirvana.estimate_memory import (
     ADAPTER_COPIES,
+    BASE_BYTES,
+    SCORING_ARENA_BYTES,
+    WRITTEN_AT_ONCE,
     compensation_bytes,
     divergence_bytes,
     fisher_bytes,
     recovery_bytes,
     saliency_bytes,
+    self_generation_bytes,
 )
 from nirvana.loading import load_model
 
@@ -49,6 +53,7 @@ def test_sizes_by_hand(eight_billion):
     assert (sizes.stored_bytes, sizes.streams, sizes.neurons, sizes.written_from) == (2, 1, 14336, 14336)
     # q, k, v, o; gate, up, down
     assert sizes.adapter_rows == 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    assert sizes.kv_width == 32 * 2 * 8 * 128  # layers, keys and values, KV heads, head dimension
 
 
 def test_only_the_experts_that_a_token_meets_cost_time(tmp_path):
@@ -76,11 +81,13 @@ def by_step(directory, **work):
 def test_what_is_asked_for_has_rows(eight_billion):
     plain = by_step(eight_billion)
     assert [each.memory for each in plain["collect_gradients"]] == ["fast", "lean", "lean"]
-    assert not plain.keys() & {"compensate", "recover"}
-    best = by_step(eight_billion, saliency="fisher", compensation_sequences=160, recovery_tokens=8192)
+    assert not plain.keys() & {"generate_text", "compensate", "recover"}
+    asked = {"compensation_sequences": 160, "self_generated": 120, "recovery_tokens": 8192}
+    best = by_step(eight_billion, saliency="fisher", **asked)
     # in the order in which they run
     expected = ["collect_gradients", "score_pool", "compensate", "prune", "recover", "evaluate", "benchmark"]
-    assert list(best) == expected
+    assert list(best) == ["generate_text", *expected]
+    assert [each.execution for each in best["generate_text"]] == ["resident"]
     assert [each.execution for each in best["collect_gradients"]] == ["resident", "streamed"]
     assert [each.execution for each in best["compensate"]] == ["resident", "streamed"]
     assert [each.execution for each in best["recover"]] == ["resident"]
@@ -89,8 +96,9 @@ def test_what_is_asked_for_has_rows(eight_billion):
 @pytest.mark.parametrize("name", all_families())
 def test_every_family_has_the_rows_that_can_be_asked_for(name, tmp_path):
     save_family(name, tmp_path)
-    found = by_step(tmp_path, saliency="fisher", compensation_sequences=4, recovery_tokens=64)
+    found = by_step(tmp_path, saliency="fisher", compensation_sequences=4, self_generated=2, recovery_tokens=64)
     assert all(each.peak_bytes > 0 for step in found.values() for each in step)
+    assert ("generate_text" in found) == (model_type_of(name) != "t5")  # which writes none
     sizes = Sizes.of(tmp_path)
     assert sizes.adapter_rows > 0 < sizes.written_from
 
@@ -123,6 +131,49 @@ def test_compensation_holds_states_of_all_tokens_and_a_gram_matrix(eight_billion
     assert compensation_bytes(wide, one, "streamed") - compensation_bytes(sizes, one, "streamed") > gram
 
 
+def test_compensation_counts_the_text_that_the_model_writes(eight_billion):
+    sizes = Sizes.of(eight_billion)
+    both, as_many = Workload(compensation_sequences=16, self_generated=8), Workload(compensation_sequences=24)
+    assert compensation_bytes(sizes, both, "streamed") == compensation_bytes(sizes, as_many, "streamed")
+    written, given = ({"compensation_sequences": 16, "self_generated": 8}, {"compensation_sequences": 24})
+    assert by_step(eight_billion, **written)["compensate"] == by_step(eight_billion, **given)["compensate"]
+    # an encoder-decoder writes none
+    two, alone = replace(sizes, streams=2), replace(both, self_generated=0)
+    assert compensation_bytes(two, both, "streamed") == compensation_bytes(two, alone, "streamed")
+
+
+def test_writing_holds_the_whole_model_keys_and_values_and_logits(eight_billion):
+    sizes, work = Sizes.of(eight_billion), Workload(self_generated=120, compensation_length=64)
+    cache, logits = 4 * 65536 * 120 * 64, 4 * 4 * 120 * 128256
+    held = BASE_BYTES + SCORING_ARENA_BYTES + cache + logits
+    assert self_generation_bytes(sizes, work) == held + 4 * sizes.weights
+    # float32 files are used as they lie on disk, but not by a GPU
+    mapped = replace(sizes, stored_bytes=4)
+    assert self_generation_bytes(mapped, work) == held
+    assert self_generation_bytes(mapped, work, on_cpu=False) == held + 4 * sizes.weights
+    # no more at once than share a forward
+    assert WRITTEN_AT_ONCE == generation._AT_ONCE == 128
+    full, more = (replace(work, self_generated=count) for count in (128, 300))
+    assert self_generation_bytes(sizes, full) == self_generation_bytes(sizes, more)
+
+
+def test_writing_reads_all_weights_for_every_token_of_a_batch(eight_billion):
+    sizes = Sizes.of(eight_billion)
+    for count, batches in ((120, 1), (300, 3)):
+        (found,) = by_step(eight_billion, self_generated=count, compensation_length=64)["generate_text"]
+        operations = count * 64 * 2 * (sizes.block_weights + 4096 * 128256)
+        shortest = operations / 1e9 + batches * 64 * 4 * sizes.weights / estimate.READ_BYTES_PER_SECOND
+        assert found.seconds[0] == pytest.approx(estimate.START_SECONDS / 2 + shortest)
+
+
+@pytest.mark.parametrize("name", family_configs())
+def test_keys_and_values_are_as_wide_as_the_cache(name, tmp_path):
+    """Against transformers' own cache."""
+    save_family(name, tmp_path)
+    layers = load_model(tmp_path)(random_ids(2, 3), use_cache=True).past_key_values.layers
+    assert sum(layer.keys.numel() + layer.values.numel() for layer in layers) == 2 * 3 * Sizes.of(tmp_path).kv_width
+
+
 def test_recovery_has_both_models_in_memory_only_where_one_teaches(eight_billion):
     sizes = Sizes.of(eight_billion)
     teaching = Workload(recovery_tokens=1024, pruning_ratio=0.5)
@@ -140,14 +191,17 @@ def test_recovery_has_both_models_in_memory_only_where_one_teaches(eight_billion
 @pytest.mark.parametrize(
     ("step", "more"),
     [
+        ("generate_text", {"self_generated": 240}),
+        ("generate_text", {"compensation_length": 256}),
         ("collect_gradients", {"draws": 5}),
         ("compensate", {"compensation_length": 256}),
+        ("compensate", {"self_generated": 240}),
         ("recover", {"recovery_tokens": 16384}),
         ("recover", {"recovery_curve_every": 1024}),
     ],
 )
 def test_more_of_it_takes_longer(step, more, eight_billion):
-    asked = {"saliency": "fisher", "compensation_sequences": 160, "recovery_tokens": 8192}
+    asked = {"saliency": "fisher", "compensation_sequences": 160, "self_generated": 120, "recovery_tokens": 8192}
     shorter, longer = (by_step(eight_billion, **work)[step][0].seconds for work in (asked, asked | more))
     assert shorter < longer
 

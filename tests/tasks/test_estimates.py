@@ -6,6 +6,7 @@ import pytest
 from ruamel.yaml import YAML
 from tiny import tiny_llama
 
+from nirvana.cli.estimate import BEST
 from nirvana.errors import InputError
 from tasks import estimates
 from tasks.params import PARAMS_FILE, load_params
@@ -47,11 +48,12 @@ def test_what_the_preset_best_and_recovery_ask_for(checkout):
     content = yaml.load(ROOT_PARAMS)
     content["method"]["preset"] = "best"
     content["saliency"]["draws"] = 3
-    content["compensation"] |= {"sequences": 40, "sequence_length": 64}
+    content["compensation"] |= {"sequences": 40, "self_generated": 30, "sequence_length": 64}
     content["recovery"] |= {"tokens": 4096, "rank": 4, "distillation": 0.0, "curve_every": 2048}
     yaml.dump(content, checkout / "params.yaml")
     work = estimates.workload(load_params())
-    assert (work.saliency, work.draws, work.compensation_sequences, work.compensation_length) == ("fisher", 3, 40, 64)
+    assert (work.saliency, work.draws) == ("fisher", 3)
+    assert (work.compensation_sequences, work.self_generated, work.compensation_length) == (40, 30, 64)
     recovery = (work.recovery_tokens, work.recovery_rank, work.distillation, work.recovery_curve_every)
     assert recovery == (4096, 4, 0.0, 2048)
 
@@ -63,9 +65,24 @@ def test_what_is_not_asked_for_is_not_there(checkout):
     yaml.dump(content, checkout / "params.yaml")
     work = estimates.workload(load_params())
     assert (work.saliency, work.compensation_sequences, work.recovery_tokens) == ("nirvana", 0, 0)
+    content["compensation"]["self_generated"] = 30  # nobody would read it
+    yaml.dump(content, checkout / "params.yaml")
+    assert estimates.workload(load_params()).self_generated == 0
 
 
-@pytest.mark.parametrize(("section", "key", "value"), [("compensation", "sequences", 20), ("recovery", "tokens", 2048)])
+def test_the_command_line_asks_for_what_the_preset_asks_for(checkout):
+    yaml = YAML()
+    content = yaml.load(ROOT_PARAMS)
+    content["method"]["preset"] = "best"
+    yaml.dump(content, checkout / "params.yaml")
+    work = estimates.workload(load_params())
+    assert {name: getattr(work, name) for name in BEST} == BEST
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("compensation", "sequences", 20), ("compensation", "self_generated", 20), ("recovery", "tokens", 2048)],
+)
 def test_its_table_is_another(section, key, value, checkout):
     tiny_llama(checkout / "data/model")
     file = estimates.shown_file(load_params())

@@ -17,11 +17,12 @@ from tasks.registry import STEPS
 
 @pytest.fixture(scope="module")
 def fetched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A toy checkout in which the two steps without inputs have run."""
+    """A toy checkout in which the steps before sample_pool have run."""
     path = toy_checkout(tmp_path_factory.mktemp("checkout"))
-    for name in ("fetch_model", "fetch_corpus"):
+    before = ["fetch_model", "fetch_corpus", "generate_text"]
+    for name in before:
         command(path, sys.executable, "-m", "tasks", name)
-    assert runs(path) == ["fetch_model", "fetch_corpus"]
+    assert runs(path) == before
     return path
 
 

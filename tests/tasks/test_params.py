@@ -94,6 +94,11 @@ def test_parameters_are_frozen() -> None:
         ("calibration.averaged", 7, "calibration.averaged: expected at most pool_size (6), got 7; lower it"),
         ("compensation.ridge", 0, "compensation.ridge: expected a finite number above 0, got 0"),
         ("compensation.method", "bias", "compensation.method: expected none or least_squares"),
+        (
+            "compensation.self_generated",
+            -1,
+            "compensation.self_generated: expected a whole number of 0 or more, or null",
+        ),
         ("method.preset", "fast", "method.preset: expected nirvana or best, got 'fast'"),
         ("recovery.tokens", -1, "recovery.tokens: expected a whole number of 0 or more, got -1"),
         ("recovery.tokens", 1000, "recovery: expected tokens of one batch (8 x 128) or more, or 0, got 1000"),

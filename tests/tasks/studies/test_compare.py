@@ -30,6 +30,7 @@ from nirvana.walk import Stack
 from nirvana.weights import model_digest
 from tasks import sample_pool
 from tasks.documents import Document, read_documents, write_documents
+from tasks.generate_text import written_by
 from tasks.model_directory import load_tokenizer
 from tasks.studies import comparison as judging
 from tasks.studies import methods as registry
@@ -40,7 +41,7 @@ from tasks.studies.compare.study import Settings, measure
 from tasks.studies.comparison import Comparison, Text, Texts
 from tasks.studies.methods import METHODS, SHORTGPT, SLICEGPT, allocate_for
 from tasks.studies.picture import apart
-from tasks.studies.texts import judged_on, texts_of_ids, texts_of_pipeline
+from tasks.studies.texts import judged_on, texts_of_ids, texts_of_pipeline, with_generated
 
 RATIO = 0.4
 
@@ -321,26 +322,37 @@ def test_texts_of_the_pipeline(model_directory, tmp_path):
     for directory, part in (("corpus", documents), ("evaluation", splits["evaluation"])):
         (tmp_path / directory).mkdir()
         write_documents(tmp_path / directory / "documents.jsonl", part)
-    files = {name: tmp_path / f"{name}.safetensors" for name in ("candidates", "heldout", "compensation_ids")}
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("candidates", "heldout")}
     files |= {name: tmp_path / name for name in ("corpus", "evaluation")}
     save_file({"input_ids": random_ids(6 * 8, 16).view(6, 8, 16).numpy()}, files["candidates"])
     save_file({"input_ids": random_ids(8, 16, 1).numpy()}, files["heldout"])
-    save_file({"input_ids": random_ids(2, 16, 2).numpy()}, files["compensation_ids"])
     params = SimpleNamespace(
         calibration=SimpleNamespace(add_bos=False, seed=0), compensation=SimpleNamespace(sequence_length=16)
     )
-    found = texts_of_pipeline(params, model_directory, files, tokens=300, compensation_sequences=2)
+    found = texts_of_pipeline(params, model_directory, files, tokens=300, compensation_sequences=5)
     assert torch.equal(found.calibration.ids, random_ids(6 * 8, 16)[:32])
-    assert torch.equal(found.compensation.ids, random_ids(2, 16, 2))
     assert found.evaluation.ids.shape == (3, 128) and (found.evaluation.ids[:, 0] == 0).all()  # BOS
-    more = texts_of_pipeline(params, model_directory, files, tokens=300, compensation_sequences=5)
     encoder = sample_pool.Encoder.of_model(model_directory, add_bos=False)
     read = {d.id: encoder(d).tolist() for d in read_documents(files["corpus"] / "documents.jsonl")}
-    windows = [str(row.tolist())[1:-1] for row in more.compensation.ids]
+    windows = [str(row.tolist())[1:-1] for row in found.compensation.ids]
     owners = [[name for name, ids in read.items() if window in str(ids)] for window in windows]
     assert len(owners) == 5
     allowed = {document.id for document in splits["calibration"]}
     assert all(allowed & set(each) for each in owners)
+
+
+def test_text_that_the_model_writes_is_mixed_in_and_kept(model_directory, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plain = texts_of_ids(written_ids(tmp_path), compensation_sequences=4)
+    assert with_generated(plain, model_directory, 0) is plain
+    found = with_generated(plain, model_directory, 2)
+    assert all(getattr(found, name) is getattr(plain, name) for name in ("calibration", "heldout", "evaluation"))
+    rows = found.compensation.ids
+    written = written_by(model_directory, 2, 8, 0, torch.device("cpu"))
+    # four of one kind at 1/8, 3/8, 5/8, 7/8; two of the other at 1/4, 3/4
+    assert torch.equal(rows[[0, 2, 3, 5]], plain.compensation.ids) and torch.equal(rows[[1, 4]], written)
+    monkeypatch.setattr("tasks.studies.texts.written_by", None)  # asked twice, computed once
+    assert with_generated(plain, model_directory, 2).compensation.digest == found.compensation.digest
 
 
 def test_another_text_to_judge_on(model_directory, tmp_path):
@@ -471,7 +483,8 @@ def test_quality_measures_both_and_holds_them_against_the_limits(model_directory
     bar = found["ratio 0.3: perplexity, ours / published"]
     assert bar.value == pytest.approx(ours / published) and bar.limit == 0.9
     assert bar.as_dict()["holds"] == (bar.value <= 0.9)
-    comparison = Comparison(model_directory, texts_of_ids(ids), ridge=0.3)
+    texts = with_generated(texts_of_ids(ids), model_directory, 96)  # as preset best has them
+    comparison = Comparison(model_directory, texts, ridge=0.3)
     row = comparison.row("fisher", 0.3, "least_squares")
     assert ours == pytest.approx(math.exp(np.mean(row["losses"])))
     keep, _ = comparison.keep("nirvana", 0.3, rule="published")
