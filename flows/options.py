@@ -7,7 +7,8 @@ import typer
 
 from nirvana.errors import InputError
 
-TOKENS, COMPENSATION_SEQUENCES, SELF_GENERATED = 4096, 32, 24
+TOKENS = 4096
+COMPENSATION_SEQUENCES, SELF_GENERATED = 160, 96  # as preset best has them
 
 QUICK_TOKENS = 2048
 _BEST = "fisher+least_squares"

@@ -177,7 +177,7 @@ def bring(steps: Iterable[str]) -> None:
 def prepare(asked: Asked) -> dict[str, Path]:
     """Have DVC bring the model, and unless ids are given the text, up to date; return where they are."""
     steps = [] if asked.model else ["fetch_model"]
-    steps += [] if asked.ids else ["fetch_corpus", "generate_text", "sample_pool"]
+    steps += [] if asked.ids else ["fetch_corpus", "sample_pool"]
     bring(steps)
     files = paths("fetch_model")[1] | paths("fetch_corpus")[1] | paths("sample_pool")[1]
     return files | ({"model": asked.model} if asked.model else {})
@@ -194,7 +194,7 @@ def read_texts(asked: Asked, files: dict[str, Path]) -> Any:
         texts = texts_of_ids(asked.ids, *sizes)
     else:
         texts = texts_of_pipeline(load_params(), files["model"], files, *sizes)
-    texts = with_generated(texts, files["model"], asked.self_generated)
+    texts = with_generated(texts, files["model"], asked.self_generated, None if asked.ids else load_params())
     return judged_on(texts, asked.judge, files["model"], asked.tokens) if asked.judge else texts
 
 

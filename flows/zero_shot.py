@@ -65,7 +65,7 @@ class Judged(NamedTuple):
 def prepare(asked: Asked, corpus: Path | None) -> dict[str, Path]:
     """Have DVC bring up to date what is not given: model, corpus, and the pool unless ids or a corpus are."""
     needed = {"fetch_model": asked.model, "fetch_corpus": corpus}
-    needed |= dict.fromkeys(("generate_text", "sample_pool"), asked.ids or corpus)
+    needed |= {"sample_pool": asked.ids or corpus}
     bring(step for step, given in needed.items() if given is None)
     files = paths("fetch_model")[1] | paths("fetch_corpus")[1] | paths("sample_pool")[1]
     given = {"model": asked.model, "corpus": corpus}
@@ -88,7 +88,7 @@ def read_texts(asked: Asked, files: dict[str, Path], corpus: Path | None) -> Any
         texts = (
             texts_of_ids(asked.ids, *sizes) if asked.ids else texts_of_pipeline(params, files["model"], files, *sizes)
         )
-    return with_generated(texts, files["model"], asked.self_generated)
+    return with_generated(texts, files["model"], asked.self_generated, None if asked.ids else params)
 
 
 @task

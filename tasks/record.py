@@ -37,6 +37,7 @@ _MEASURING = ("benchmark", "report", "record")
 _DATASETS = {
     "corpus": ("data/corpus", "source"),
     "calibration pool": ("data/candidates.safetensors", "calibration"),
+    "compensation text": ("data/compensation.safetensors", "compensation"),
     "held-out batch": ("data/heldout.safetensors", "selection"),
     "evaluation documents": ("data/evaluation", "evaluation"),
 }

@@ -94,29 +94,29 @@ STEPS: tuple[Step, ...] = (
     ),
     Step("fetch_corpus", (), {"corpus": Out("data/corpus")}, ("corpus",), torch=False, online=lambda params: True),
     Step(
+        "sample_pool",
+        ("model", "corpus"),
+        {
+            "candidates": Out("data/candidates.safetensors"),
+            "heldout": Out("data/heldout.safetensors"),
+            "compensation_corpus": Out("data/compensation_corpus.safetensors"),
+            "evaluation": Out("data/evaluation"),
+        },
+        ("calibration", "compensation.method", "compensation.sequences", "compensation.sequence_length", _PRESET),
+    ),
+    Step(
         "generate_text",
-        ("model",),
-        {"generated_ids": Out("data/generated.safetensors")},
+        ("model", "compensation_corpus"),
+        {"compensation_ids": Out("data/compensation.safetensors")},
         (
             "compensation.method",
             "compensation.self_generated",
-            "compensation.sequence_length",
             "calibration.seed",
+            "calibration.add_bos",
             "compute",
             _PRESET,
         ),
         torch=False,  # unless there is something to write: the step sees to it itself
-    ),
-    Step(
-        "sample_pool",
-        ("model", "corpus", "generated_ids"),
-        {
-            "candidates": Out("data/candidates.safetensors"),
-            "heldout": Out("data/heldout.safetensors"),
-            "compensation_ids": Out("data/compensation.safetensors"),
-            "evaluation": Out("data/evaluation"),
-        },
-        ("calibration", "compensation.method", "compensation.sequences", "compensation.sequence_length", _PRESET),
     ),
     Step(
         "collect_gradients",

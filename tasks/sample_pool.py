@@ -6,8 +6,8 @@ of the pool never changes what is judged, and adding a document moves no other.
 Calibration documents are put in an order by hash and seed; each candidate takes the next few of them. A larger pool
 therefore begins with the same candidates, as long as one sequence a document is enough to fill it.
 
-Compensation fits on sequences of its own: some that the model wrote (generate_text), the others from the same
-calibration documents; it needs more of them than saliency.
+Compensation fits on sequences of its own from the same calibration documents, for it needs more of them than saliency;
+generate_text adds what the model writes.
 
 For an encoder-decoder each sequence of text then becomes a source and a target (tasks/span_corruption.py); the lengths
 in params.yaml are those of the text.
@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from nirvana.architectures.registry import read_config
@@ -73,7 +74,7 @@ def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path])
         order=heldout_order,
         names=("one held-out batch", "calibration.heldout_sequences", "calibration.heldout_length"),
     )
-    fitted = _for_compensation(params, splits["calibration"], encoder, inputs)
+    fitted = _for_compensation(params, splits["calibration"], encoder)
     if not splits["evaluation"]:
         raise InputError(
             f"corpus: expected documents to evaluate on, none of its {sum(map(len, splits.values()))} fell into the "
@@ -83,21 +84,17 @@ def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path])
     pairs = PairMaker.of_model(encoder.tokenizer, config) if config.is_encoder_decoder else None
     candidates = _tensors(pool.input_ids, pairs, pool_order)
     heldout_batch = _tensors(heldout.input_ids[0], pairs, heldout_order)
-    _save(pool, candidates, outputs["candidates"])
-    _save(heldout, heldout_batch, outputs["heldout"])
-    _save(fitted, _tensors(fitted.input_ids, pairs, f"compensation {calibration.seed}"), outputs["compensation_ids"])
+    fitted_on = _tensors(fitted.input_ids, pairs, f"compensation {calibration.seed}")
+    save_ids(candidates, pool.documents, outputs["candidates"])
+    save_ids(heldout_batch, heldout.documents, outputs["heldout"])
+    save_ids(fitted_on, fitted.documents, outputs["compensation_corpus"])
     with atomic_directory(outputs["evaluation"]) as directory:
         write_documents(directory / "documents.jsonl", splits["evaluation"])
     _LOG.info("pool of %s tokens from %d documents", pool.input_ids.shape, sum(map(len, pool.documents)))
 
 
-def _for_compensation(
-    params: Params, documents: Sequence[Document], encoder: Encoder, inputs: Mapping[str, Path]
-) -> Pool:
-    """Return the sequences that compensation fits on: none where there is no compensation.
-
-    Documents are named for those that the model did not write.
-    """
+def _for_compensation(params: Params, documents: Sequence[Document], encoder: Encoder) -> Pool:
+    """Return the sequences that compensation fits on: none where there is no compensation."""
     asked = params.compensation
     if asked.method == "none":
         return Pool(np.empty((0, asked.sequence_length), dtype=np.int64), [])
@@ -110,13 +107,7 @@ def _for_compensation(
         order=f"compensation {params.calibration.seed}",
         names=("one batch for compensation", "compensation.sequences", "compensation.sequence_length"),
     )
-    return Pool(interleaved(drawn.input_ids[0], load_file(inputs["generated_ids"])["input_ids"]), drawn.documents)
-
-
-def interleaved(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return the rows of both, each kind spread evenly: any stretch of them is a fair sample."""
-    places = [(np.arange(len(rows)) + 0.5) / max(1, len(rows)) for rows in (first, second)]
-    return np.concatenate([first, second])[np.argsort(np.concatenate(places), kind="stable")]
+    return Pool(drawn.input_ids[0], drawn.documents)
 
 
 def split_documents(documents: Sequence[Document]) -> dict[str, list[Document]]:
@@ -278,10 +269,18 @@ def _tensors(text: np.ndarray, pairs: PairMaker | None, order: str) -> dict[str,
     return {name: rows.reshape(*text.shape[:-1], -1) for name, rows in ids.items()}
 
 
-def _save(pool: Pool, tensors: Mapping[str, np.ndarray], path: Path) -> None:
+def save_ids(tensors: Mapping[str, np.ndarray], documents: list[list[str]], path: Path) -> None:
+    """Write token ids and, as metadata, the names of the documents that each batch was drawn from."""
     # one metadata key only: safetensors writes several in random order
-    metadata = {"documents": json.dumps(pool.documents, ensure_ascii=False)}
+    metadata = {"documents": json.dumps(documents, ensure_ascii=False)}
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     with atomic_file(path) as temporary:
         save_file(contiguous, temporary, metadata=metadata)
         temporary.chmod(0o644)
+
+
+def documents_of(path: Path) -> list[list[str]]:
+    """Return the names of the documents that a file of `save_ids` was drawn from."""
+    with safe_open(path, "numpy") as file:
+        documents: list[list[str]] = json.loads(file.metadata()["documents"])
+    return documents

@@ -1,4 +1,4 @@
-"""The one reader of candidates.safetensors and heldout.safetensors."""
+"""The one reader of the files of token ids that sample_pool writes."""
 
 import functools
 

@@ -1,23 +1,22 @@
 """Where a comparison's texts come from: the pipeline's files, JSON files of token ids, or text to judge on."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from nirvana.device import resolve_device
 from nirvana.errors import InputError
 from nirvana.files import read_json
 from nirvana.perplexity import windows_from_documents
 from nirvana.weights import model_digest
 from tasks.documents import Document, expand, read_documents, read_files
-from tasks.generate_text import written_by
+from tasks.generate_text import interleaved, writable_tokens, written_by
 from tasks.model_directory import load_tokenizer
-from tasks.sample_pool import Encoder, draw, interleaved, split_documents
+from tasks.sample_pool import Encoder, draw, split_documents
 from tasks.studies.comparison import Text, Texts
 from tasks.studies.store import cached
 from tasks.token_files import read_ids
@@ -99,26 +98,32 @@ def judged_on(texts: Texts, path: Path, model: Path, tokens: int) -> Texts:
     return replace(texts, evaluation=Text(ids))
 
 
-def with_generated(texts: Texts, model: Path, count: int, seed: int = 0) -> Texts:
+def with_generated(texts: Texts, model: Path, count: int, params: "Params | None" = None) -> Texts:
     """Return the texts with more to fit compensation on, which the dense model writes itself.
 
     Args:
         texts: Of the ids or the pipeline.
         model: The dense model.
         count: Sequences; 0: the texts as they are.
-        seed: Of what it writes.
+        params: How the pipeline draws, where the other text is its own: seed, and whether sequences begin with BOS.
 
     Raises:
-        InputError: If the model does not fit into memory.
+        InputError: If the model does not fit into memory, or writes no text.
     """
     if not count:
         return texts
     rows = texts.compensation.ids
     length = rows.shape[1]
-    stated = {"study": "generated", "model": model_digest(model), "sequences": count, "length": length, "seed": seed}
-    found = cached(stated, lambda: {"ids": written_by(model, count, length, seed, resolve_device("auto")).tolist()})
-    mixed = interleaved(rows.numpy(), np.asarray(found["ids"]))
-    return replace(texts, compensation=Text(torch.from_numpy(mixed)))
+    seed, add_bos = (params.calibration.seed, params.calibration.add_bos) if params else (0, False)
+    tokens = hashlib.sha256(str(writable_tokens(model)).encode()).hexdigest()
+    stated = {"study": "generated", "model": model_digest(model), "tokens": tokens, "threads": torch.get_num_threads()}
+    stated |= {"sequences": count, "length": length, "seed": seed, "add_bos": add_bos}
+    device = torch.device("cpu")  # as all that studies compute
+    found = cached(
+        stated,
+        lambda: {"ids": written_by(model, count, length, seed, add_bos, device, "--self-generated").tolist()},
+    )
+    return replace(texts, compensation=Text(interleaved(rows, torch.tensor(found["ids"]))))
 
 
 def read_text(path: Path, option: str) -> list[Document]:

@@ -1,10 +1,15 @@
 """What studies have DVC bring up to date before they read the pipeline's text."""
 
+import importlib
+import json
+
 import pytest
+import typer
 from ruamel.yaml import YAML
 from tiny import tiny_corpus, tiny_llama
 
 from flows import study, zero_shot
+from flows.options import SELF_GENERATED
 from flows.study import Asked
 from tasks.documents import Document, write_documents
 from tasks.params import PARAMS_FILE
@@ -42,3 +47,30 @@ def test_another_corpus_needs_nothing_that_the_model_wrote(tmp_path, monkeypatch
     asked = Asked(tokens=2, compensation_sequences=4)
     found = zero_shot.read_texts.__wrapped__(asked, files, tmp_path / "corpus")
     assert found.compensation.ids.shape == (4, content["compensation"]["sequence_length"])
+
+
+@pytest.mark.parametrize("name", ["compare", "zero_shot", "fine_tuning", "quantised"])
+def test_the_models_own_text_is_asked_for_unless_it_is_refused(name, monkeypatch):
+    """A flow that dropped the option would fit on less text, and say nothing."""
+    flow, told = importlib.import_module(f"flows.{name}"), []
+    monkeypatch.setattr(flow, "run", lambda study, asked, *more: told.append(asked.self_generated))
+    app = typer.Typer()
+    app.command()(flow.main)
+    for arguments in ([], ["--self-generated", "0"], ["--self-generated", "7"]):
+        app(arguments, standalone_mode=False)
+    assert told == [SELF_GENERATED, 0, 7] and SELF_GENERATED > 0
+
+
+def test_what_is_asked_for_reaches_the_text_and_is_said(tmp_path, monkeypatch):
+    model = tiny_llama(tmp_path / "model")
+    ids = tmp_path / "ids"
+    ids.mkdir()
+    for part in ("calibration", "calibration_extra", "heldout", "evaluation"):
+        (ids / f"{part}_ids.json").write_text(json.dumps([list(range(8))] * 4))
+    monkeypatch.chdir(tmp_path)
+    for count in (0, 3):
+        asked = Asked(ids, model, tokens=8, compensation_sequences=5, self_generated=count)
+        texts = study.read_texts.__wrapped__(asked, {"model": model})
+        assert texts.compensation.ids.shape == (5 + count, 8)
+        own = ", 3 x 8 of them the dense model's own" if count else ""
+        assert study.fitted_on(texts, asked) == f"compensation was fitted on {5 + count} x 8 tokens{own}"

@@ -1,5 +1,6 @@
 """Text that a model writes: its own distribution, the same draws each time, one forward a token."""
 
+import numpy as np
 import pytest
 import torch
 from tiny import tiny_llama
@@ -34,15 +35,18 @@ def test_the_seed_decides_the_text(model):
 
 
 def recomputed(model, sequences, length, allowed, seed=0):
-    """Write without a cache: at each token a forward over all that is written, and draws by the same generator."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = allowed[torch.randint(len(allowed), (sequences, 1), generator=generator)]
-    while ids.shape[1] < length:
-        with torch.no_grad():
-            probabilities = model(ids, use_cache=False).logits[:, -1].double().softmax(-1)[:, allowed]
-        drawn = torch.multinomial((probabilities / probabilities.sum(-1, keepdim=True)).float(), 1, generator=generator)
-        ids = torch.cat([ids, allowed[drawn]], dim=1)
-    return ids
+    """Write without a cache, a sequence at a time: at each token a forward over all that is written."""
+    found = []
+    for row in range(sequences):
+        draws = np.random.default_rng((seed, row)).random(length)
+        ids = [int(allowed[int(draws[0] * len(allowed))])]
+        for draw in draws[1:]:
+            with torch.no_grad():
+                probabilities = model(torch.tensor([ids]), use_cache=False).logits[0, -1].double().softmax(-1)[allowed]
+            shares = (probabilities / probabilities.sum()).cumsum(0).numpy()
+            ids.append(int(allowed[np.flatnonzero(shares > draw)[0]]))
+        found.append(ids)
+    return torch.tensor(found)
 
 
 def test_it_is_what_recomputing_every_prefix_draws(model):
@@ -62,6 +66,24 @@ def test_a_token_is_drawn_from_the_models_own_distribution(model):
         shares = torch.stack([(following == token).float().mean() for token in allowed])
         errors = (probabilities * (1 - probabilities) / len(following)).sqrt()
         assert ((shares - probabilities).abs() < 4 * errors + 1e-6).all()
+
+
+def test_more_sequences_begin_with_the_same_ones(model):
+    assert torch.equal(generate(model, 6, 10, TOKENS)[:4], generate(model, 4, 10, TOKENS))
+
+
+def test_bos_comes_first_and_counts(model):
+    told = []
+    found = generate(model, 5, 8, TOKENS, bos=0, on_token=told.append)
+    assert found.shape == (5, 8) and sum(told) == found.numel()
+    assert (found[:, 0] == 0).all() and (found[:, 1:] > 1).all()
+    # what is written depends on it: the same draws without it are another text
+    assert not torch.equal(found[:, 1:], generate(model, 5, 7, TOKENS))
+    with torch.no_grad():
+        logits = model(found[:, :2]).logits[:, -1, 2:].double().softmax(-1).cumsum(-1)
+    draws = [np.random.default_rng((0, row)).random(8)[2] for row in range(5)]
+    assert found[:, 2].tolist() == [2 + int((row <= draw).sum()) for row, draw in zip(logits, draws, strict=True)]
+    assert generate(model, 2, 1, TOKENS, bos=0).tolist() == [[0], [0]]
 
 
 def test_more_sequences_than_share_a_forward(model, monkeypatch):

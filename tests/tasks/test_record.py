@@ -66,7 +66,13 @@ def test_the_run_holds_the_experiment(checkout: Path, client) -> None:
     assert run.data.tags["nirvana.git_dirty"] == "false"
     digests = {item.dataset.name: item.dataset.digest for item in run.inputs.dataset_inputs}
     assert digests["corpus"] == stages["fetch_corpus"]["outs"][0]["md5"]
-    assert set(digests) == {"corpus", "calibration pool", "held-out batch", "evaluation documents"}
+    assert set(digests) == {
+        "corpus",
+        "calibration pool",
+        "compensation text",
+        "held-out batch",
+        "evaluation documents",
+    }
     files = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert {"plan.json", "report.html", "kl_scores.csv", "recovery.csv", "dvc.lock", "figures"} <= files
     assert not any("checkpoint" in file for file in files)

@@ -54,7 +54,7 @@ def make_inputs(root: Path, model: Path) -> dict[str, Path]:
     calibration = SimpleNamespace(
         seed=0, pool_size=1, sequences=2, sequence_length=16, add_bos=False, heldout_sequences=2, heldout_length=16
     )
-    names = ("corpus", "candidates", "heldout", "compensation_ids", "evaluation", "checkpoint")
+    names = ("corpus", "candidates", "heldout", "compensation_corpus", "evaluation", "checkpoint")
     inputs = {name: root / name for name in names}
     inputs["model"] = model
     compensation = SimpleNamespace(method="none", sequence_length=16)

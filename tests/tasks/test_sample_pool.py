@@ -6,15 +6,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.numpy import load_file, save, save_file
+from safetensors.numpy import load_file, save
 from tiny import tiny_corpus, tiny_llama, tiny_t5
 
 from nirvana.errors import InputError
 from tasks.documents import Document, read_documents, write_documents
-from tasks.sample_pool import Encoder, draw, interleaved, run, split_documents
+from tasks.sample_pool import Encoder, draw, run, split_documents
 from tasks.span_corruption import HALVES, SPANS, PairMaker
 
 NAMES = ("calibration.pool_size", "calibration.sequences", "calibration.sequence_length")
@@ -136,7 +134,7 @@ def corpus(tmp_path_factory):
     return root / "corpus"
 
 
-def sample(model, corpus, target, generated=None, **changes):
+def sample(model, corpus, target, **changes):
     settings = {
         "seed": 0,
         "pool_size": 3,
@@ -154,14 +152,10 @@ def sample(model, corpus, target, generated=None, **changes):
     outputs = {
         "candidates": target / "candidates.safetensors",
         "heldout": target / "heldout.safetensors",
-        "compensation_ids": target / "compensation.safetensors",
+        "compensation_corpus": target / "compensation.safetensors",
         "evaluation": target / "evaluation",
     }
-    inputs = {"model": model, "corpus": corpus}
-    if generated is not None:
-        inputs["generated_ids"] = target.with_suffix(".generated")
-        save_file({"input_ids": generated}, inputs["generated_ids"])
-    run(params, inputs, outputs)
+    run(params, {"model": model, "corpus": corpus}, outputs)
     return outputs
 
 
@@ -291,36 +285,13 @@ def test_an_encoder_decoder_with_too_few_sentinels_leaves_nothing(corpus, tmp_pa
 
 
 def test_compensation_fits_on_calibration_documents_only(model, corpus, tmp_path):
-    none_written = np.empty((0, 16), dtype=np.int64)
-    outputs = sample(model, corpus, tmp_path / "out", none_written, method="least_squares")
-    with safe_open(outputs["compensation_ids"], "numpy") as file:
+    outputs = sample(model, corpus, tmp_path / "out", method="least_squares")
+    with safe_open(outputs["compensation_corpus"], "numpy") as file:
         assert file.get_tensor("input_ids").shape == (5, 16)
         (documents,) = json.loads(file.metadata()["documents"])
     splits = split_documents(read_documents(corpus / "documents.jsonl"))
     assert set(documents) <= {document.id for document in splits["calibration"]}
     without = sample(model, corpus, tmp_path / "none")
-    with safe_open(without["compensation_ids"], "numpy") as file:
+    with safe_open(without["compensation_corpus"], "numpy") as file:
         assert file.get_tensor("input_ids").shape == (0, 16)
     assert digest(without["candidates"]) == digest(outputs["candidates"])
-
-
-def test_compensation_fits_on_what_the_model_wrote_too(model, corpus, tmp_path):
-    none_written, written = np.empty((0, 16), dtype=np.int64), np.arange(48).reshape(3, 16)
-    outputs = [
-        sample(model, corpus, tmp_path / f"{len(ids)}", ids, method="least_squares") for ids in (none_written, written)
-    ]
-    alone, both = (load_file(each["compensation_ids"])["input_ids"] for each in outputs)
-    # five of the corpus at 1/10, 3/10, 5/10, 7/10, 9/10; three of the model at 1/6, 3/6, 5/6
-    assert (both[[0, 2, 3, 5, 7]] == alone).all() and (both[[1, 4, 6]] == written).all()
-    assert both.dtype == np.int64
-    assert digest(outputs[0]["candidates"]) == digest(outputs[1]["candidates"])
-
-
-@given(st.integers(0, 40), st.integers(0, 40))
-def test_two_kinds_are_spread_evenly(first, second):
-    rows = interleaved(np.arange(first)[:, None], -1 - np.arange(second)[:, None])[:, 0]
-    assert rows[rows >= 0].tolist() == list(range(first))  # each kind in its own order
-    assert (-1 - rows[rows < 0]).tolist() == list(range(second))
-    # any beginning has its share of either kind, to within half a row
-    shares = np.arange(1, len(rows) + 1) * first / max(1, first + second)
-    assert (np.abs(np.cumsum(rows >= 0) - shares) <= 0.5 + 1e-9).all()

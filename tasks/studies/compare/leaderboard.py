@@ -132,15 +132,19 @@ def _shown(line: Line, reference: tuple[str, str]) -> list[str]:
 
 
 def verdict(lines: Sequence[Line], reference: tuple[str, str] = BEST) -> list[str]:
-    """Say at each ratio how the reference stands: one sentence a ratio."""
+    """Say at each ratio how the reference stands among the other methods, each at its best: one sentence a ratio.
+
+    What else the reference's own method was tried with stands in the table, and is no rival.
+    """
     sentences = []
     for ratio in sorted({line.ratio for line in lines if line.method != DENSE}):
-        others = [line for line in lines if line.ratio == ratio and (line.method, line.compensation) != reference]
-        ours = next(line for line in lines if line.ratio == ratio and (line.method, line.compensation) == reference)
+        at_ratio = sorted((line for line in lines if line.ratio == ratio), key=lambda line: -line.token_perplexity)
+        others = list({line.method: line for line in at_ratio if line.method not in (DENSE, reference[0])}.values())
+        ours = next(line for line in at_ratio if (line.method, line.compensation) == reference)
         ahead, behind = [each for each in others if each.low > 0], [each for each in others if each.high < 0]
         sentence = (
             f"Ratio {ratio:g}: {_called(reference)} has perplexity {ours.token_perplexity:.2f}, surely better (95 %) "
-            f"than {len(ahead)} of {len(others)} others"
+            f"than {len(ahead)} of {len(others)} other methods, each with what suits it best"
         )
         unsure = [each for each in others if each not in ahead and each not in behind]
         sentence += f", not surely apart from {_listed(unsure)}" if unsure else ""

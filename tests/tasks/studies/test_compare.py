@@ -348,7 +348,7 @@ def test_text_that_the_model_writes_is_mixed_in_and_kept(model_directory, tmp_pa
     found = with_generated(plain, model_directory, 2)
     assert all(getattr(found, name) is getattr(plain, name) for name in ("calibration", "heldout", "evaluation"))
     rows = found.compensation.ids
-    written = written_by(model_directory, 2, 8, 0, torch.device("cpu"))
+    written = written_by(model_directory, 2, 8, 0, False, torch.device("cpu"))
     # four of one kind at 1/8, 3/8, 5/8, 7/8; two of the other at 1/4, 3/4
     assert torch.equal(rows[[0, 2, 3, 5]], plain.compensation.ids) and torch.equal(rows[[1, 4]], written)
     monkeypatch.setattr("tasks.studies.texts.written_by", None)  # asked twice, computed once
@@ -429,9 +429,12 @@ def test_the_verdict_tells_sure_from_unsure():
         *ROWS[:4],
         made_row("magnitude", 0.2, [1.0, 5.0]),  # a window better, a window worse
         made_row("nirvana", 0.2, [1.0, 2.0], "bias"),
+        # neither the reference's own method nor what suits a rival less is one more opponent
+        made_row("nirvana", 0.2, [9.0, 9.0]),
+        made_row("fisher", 0.2, [9.0, 9.0]),
     ]
     (sentence,) = verdict(leaderboard(rows))
-    assert "surely better (95 %) than 2 of 4 others" in sentence
+    assert "surely better (95 %) than 2 of 4 other methods, each with what suits it best" in sentence
     assert "not surely apart from magnitude, surely worse than nirvana + bias." in sentence
 
 
