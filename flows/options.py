@@ -6,11 +6,12 @@ from typing import Annotated
 import typer
 
 from nirvana.errors import InputError
+from tasks.params import PRESETS
 
 TOKENS = 4096
-COMPENSATION_SEQUENCES, SELF_GENERATED = 160, 96  # as preset best has them
+COMPENSATION_SEQUENCES, SELF_GENERATED = 160, PRESETS["best"]["compensation.self_generated"]
 
-QUICK_TOKENS = 2048
+QUICK_TOKENS, QUICK_COMPENSATION_SEQUENCES, QUICK_SELF_GENERATED = 2048, 32, 24
 _BEST = "fisher+least_squares"
 """What `best` stands for among methods."""
 

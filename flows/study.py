@@ -30,7 +30,7 @@ from prefect.states import Completed, Failed
 from rich.console import Console
 
 from flows.leash import hold_temporary_server
-from flows.options import COMPENSATION_SEQUENCES, QUICK_TOKENS, TOKENS
+from flows.options import QUICK_COMPENSATION_SEQUENCES, QUICK_SELF_GENERATED, QUICK_TOKENS, TOKENS
 from flows.outcome import Outcome, show
 from flows.step import StepFailedError, bring_up_to_date
 from nirvana.errors import InputError
@@ -57,7 +57,7 @@ class Asked:
     ids: Path | None = None
     model: Path | None = None
     tokens: int = TOKENS
-    compensation_sequences: int = COMPENSATION_SEQUENCES
+    compensation_sequences: int = QUICK_COMPENSATION_SEQUENCES  # of a study that fits nothing on them
     self_generated: int = 0
     threads: int | None = None
     judge: Path | None = None
@@ -71,12 +71,17 @@ class Asked:
         threads: int | None,
         quick: bool = False,
         judge: Path | None = None,
-        **more: Any,
+        *,
+        compensation_sequences: int = QUICK_COMPENSATION_SEQUENCES,
+        self_generated: int = 0,
     ) -> "Asked":
-        """Resolve the paths against where the user stands; `quick` limits the tokens."""
-        tokens = min(tokens, QUICK_TOKENS) if quick else tokens
+        """Resolve the paths against where the user stands; `quick` limits tokens and sequences."""
+        if quick:
+            tokens = min(tokens, QUICK_TOKENS)
+            compensation_sequences = min(compensation_sequences, QUICK_COMPENSATION_SEQUENCES)
+            self_generated = min(self_generated, QUICK_SELF_GENERATED)
         ids, model, judge = (each.resolve() if each else None for each in (ids, model, judge))
-        return cls(ids, model, tokens, threads=threads, judge=judge, **more)
+        return cls(ids, model, tokens, compensation_sequences, self_generated, threads, judge)
 
 
 class Subject(NamedTuple):
@@ -190,11 +195,13 @@ def read_texts(asked: Asked, files: dict[str, Path]) -> Any:
 
     # what another text is judged by says nothing of how much this one has to hold
     sizes = (_FEWEST if asked.judge else asked.tokens, asked.compensation_sequences)
+    params = None
     if asked.ids:
         texts = texts_of_ids(asked.ids, *sizes)
     else:
-        texts = texts_of_pipeline(load_params(), files["model"], files, *sizes)
-    texts = with_generated(texts, files["model"], asked.self_generated, None if asked.ids else load_params())
+        params = load_params()
+        texts = texts_of_pipeline(params, files["model"], files, *sizes)
+    texts = with_generated(texts, files["model"], asked.self_generated, params)
     return judged_on(texts, asked.judge, files["model"], asked.tokens) if asked.judge else texts
 
 

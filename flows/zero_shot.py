@@ -64,8 +64,7 @@ class Judged(NamedTuple):
 @task
 def prepare(asked: Asked, corpus: Path | None) -> dict[str, Path]:
     """Have DVC bring up to date what is not given: model, corpus, and the pool unless ids or a corpus are."""
-    needed = {"fetch_model": asked.model, "fetch_corpus": corpus}
-    needed |= {"sample_pool": asked.ids or corpus}
+    needed = {"fetch_model": asked.model, "fetch_corpus": corpus, "sample_pool": asked.ids or corpus}
     bring(step for step, given in needed.items() if given is None)
     files = paths("fetch_model")[1] | paths("fetch_corpus")[1] | paths("sample_pool")[1]
     given = {"model": asked.model, "corpus": corpus}
@@ -183,6 +182,7 @@ def main(
             model,
             _NO_TOKENS,
             threads,
+            quick,
             compensation_sequences=compensation_sequences,
             self_generated=self_generated,
         )

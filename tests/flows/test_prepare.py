@@ -59,6 +59,17 @@ def test_the_models_own_text_is_asked_for_unless_it_is_refused(name, monkeypatch
     for arguments in ([], ["--self-generated", "0"], ["--self-generated", "7"]):
         app(arguments, standalone_mode=False)
     assert told == [SELF_GENERATED, 0, 7] and SELF_GENERATED > 0
+    app(["--quick"], standalone_mode=False)
+    assert 0 < told[-1] < SELF_GENERATED
+
+
+def test_a_quick_study_fits_on_little():
+    quick = Asked.of(None, None, 4096, None, True, compensation_sequences=160, self_generated=96)
+    assert (quick.tokens, quick.compensation_sequences, quick.self_generated) == (2048, 32, 24)
+    less = Asked.of(None, None, 100, None, True, compensation_sequences=5, self_generated=0)
+    assert (less.tokens, less.compensation_sequences, less.self_generated) == (100, 5, 0)
+    whole = Asked.of(None, None, 4096, None, compensation_sequences=160, self_generated=96)
+    assert (whole.tokens, whole.compensation_sequences, whole.self_generated) == (4096, 160, 96)
 
 
 def test_what_is_asked_for_reaches_the_text_and_is_said(tmp_path, monkeypatch):
