@@ -16,7 +16,6 @@ import torch
 from nirvana.anonymous_memory import available_bytes
 from nirvana.estimate_memory import (
     BASE_BYTES,
-    WRITTEN_AT_ONCE,
     compensation_bytes,
     divergence_bytes,
     evaluation_bytes,
@@ -29,6 +28,7 @@ from nirvana.estimate_memory import (
     self_generation_bytes,
 )
 from nirvana.estimate_sizes import Sizes, Workload
+from nirvana.generation import SEQUENCES_AT_ONCE
 from nirvana.walk import Execution, Memory
 
 __all__ = [
@@ -130,7 +130,7 @@ class _Steps:
     def self_generation(self) -> StepEstimate:
         sizes, count, length = self.sizes, self.work.self_generated, self.work.compensation_length
         # each token of a batch reads all weights anew; a GPU does so in next to no time
-        read = 4 * sizes.weights * length * math.ceil(count / WRITTEN_AT_ONCE) if self.on_cpu else self.model_bytes
+        read = 4 * sizes.weights * length * math.ceil(count / SEQUENCES_AT_ONCE) if self.on_cpu else self.model_bytes
         peak = self_generation_bytes(sizes, self.work, self.on_cpu)
         return self._step("generate_text", "resident", peak, count * length * (self.body + self.head), read)
 

@@ -7,6 +7,7 @@ are the kernel's to drop and do not count. Constants were measured, see docs/ben
 import math
 
 from nirvana.estimate_sizes import Sizes, Workload
+from nirvana.generation import SEQUENCES_AT_ONCE
 from nirvana.walk import FORWARD_TOKENS, Execution, Memory
 
 BASE_BYTES = 300_000_000
@@ -21,8 +22,6 @@ SCORING_ARENA_BYTES = 230_000_000
 """The same, where tensors of ever other sizes are made and freed: measured between 60 and 340 MB."""
 HEAD_ROWS = 4096
 """Of the head at a time, as `nirvana.fisher` reads it."""
-WRITTEN_AT_ONCE = 128
-"""Sequences that share a forward, as `nirvana.generation` writes them."""
 LOGIT_COPIES = 4
 """Of sequences · vocabulary at once: logits, those of allowed tokens, their probabilities, what a draw takes."""
 MICROBATCH_TOKENS = 256
@@ -90,7 +89,7 @@ def divergence_bytes(sizes: Sizes, work: Workload, execution: Execution, on_cpu:
 
 def self_generation_bytes(sizes: Sizes, work: Workload, on_cpu: bool = True) -> int:
     """Return the peak of the dense model writing text: the whole model, keys and values, logits of one step."""
-    rows = min(work.self_generated, WRITTEN_AT_ONCE)
+    rows = min(work.self_generated, SEQUENCES_AT_ONCE)
     weights = 0 if _mapped(sizes, on_cpu) else 4 * sizes.weights
     cache = 4 * sizes.kv_width * rows * work.compensation_length
     logits = 4 * LOGIT_COPIES * rows * sizes.vocabulary

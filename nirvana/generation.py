@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nirvana.errors import InputError
 
-_AT_ONCE = 128
+SEQUENCES_AT_ONCE = 128
 """Sequences that share a forward; each adds a cache of keys and values."""
 
 
@@ -53,8 +53,8 @@ def generate(
     if not len(allowed):
         raise InputError("generated text: expected tokens that may be written, got none; check the tokenizer")
     written = []
-    for start in range(0, sequences, _AT_ONCE):
-        rows = min(_AT_ONCE, sequences - start)
+    for start in range(0, sequences, SEQUENCES_AT_ONCE):
+        rows = min(SEQUENCES_AT_ONCE, sequences - start)
         draws = torch.from_numpy(
             np.stack([np.random.default_rng((seed, row)).random(length) for row in range(start, start + rows)])
         )

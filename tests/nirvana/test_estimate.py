@@ -7,7 +7,7 @@ import torch
 from tiny import all_families, family_configs, model_type_of, random_ids, save_family
 from transformers import LlamaConfig
 
-from nirvana import estimate, generation
+from nirvana import estimate
 from nirvana.adapter import attach
 from nirvana.architectures.registry import describe
 from nirvana.errors import InputError
@@ -16,7 +16,6 @@ from nirvana.estimate_memory import (
     ADAPTER_COPIES,
     BASE_BYTES,
     SCORING_ARENA_BYTES,
-    WRITTEN_AT_ONCE,
     compensation_bytes,
     divergence_bytes,
     fisher_bytes,
@@ -24,6 +23,7 @@ from nirvana.estimate_memory import (
     saliency_bytes,
     self_generation_bytes,
 )
+from nirvana.generation import SEQUENCES_AT_ONCE
 from nirvana.loading import load_model
 
 
@@ -152,8 +152,7 @@ def test_writing_holds_the_whole_model_keys_and_values_and_logits(eight_billion)
     assert self_generation_bytes(mapped, work) == held
     assert self_generation_bytes(mapped, work, on_cpu=False) == held + 4 * sizes.weights
     # no more at once than share a forward
-    assert WRITTEN_AT_ONCE == generation._AT_ONCE == 128
-    full, more = (replace(work, self_generated=count) for count in (128, 300))
+    full, more = (replace(work, self_generated=count) for count in (SEQUENCES_AT_ONCE, 300))
     assert self_generation_bytes(sizes, full) == self_generation_bytes(sizes, more)
 
 

@@ -91,7 +91,7 @@ def test_more_sequences_than_share_a_forward(model, monkeypatch):
     hook = model.register_forward_pre_hook(
         lambda module, given, named: shapes.append(tuple(named["input_ids"].shape)), with_kwargs=True
     )
-    monkeypatch.setattr(generation, "_AT_ONCE", 3)
+    monkeypatch.setattr(generation, "SEQUENCES_AT_ONCE", 3)
     try:
         found = generate(model, 7, 4, TOKENS, on_token=told.append)
     finally:
