@@ -48,8 +48,14 @@ def as_table(title: str, rows: Sequence[Sequence[str]], left: Sequence[int] = (0
 def show(outcome: Outcome) -> None:
     """Print it."""
     console = Console()
-    console.width = max(console.width, 92)  # a broken line is worse to read than a long one
+    # a broken line is worse to read than a long one, and a figure cut off is no figure
+    console.width = max(console.width, 92, *(_width(console, table) for table in outcome.tables))
     console.print(*outcome.tables)
     console.print(*outcome.notes, *outcome.conclusion, sep="\n", highlight=False)
     written = [f"wrote  {file}" for file in outcome.files]
     console.print(*written, f"MLflow run  {outcome.run_id}", sep="\n", highlight=False)
+
+
+def _width(console: Console, table: Table) -> int:
+    """Return how wide the table wants to be, however narrow the terminal is."""
+    return console.measure(table, options=console.options.update(width=1000)).maximum
