@@ -23,6 +23,7 @@ def ran(study, home, *options):
     [
         ("compare", "--ratios=2", "error: --ratios: expected numbers between 0 and 1 such as 0.2,0.4, got 2; correct"),
         ("gamma_sweep", "--gammas=1,x", "error: --gammas: expected numbers between 0 and 1000"),
+        ("attention_factor", "--factors=0,1", "error: --factors: expected numbers between 0 and 1000"),
         ("alignment", "--round-to=1,0", "error: --round-to: expected whole numbers above 0 such as 1,8,64, got 1,0"),
         ("modules", "--ratios=", "error: --ratios: expected numbers"),
         ("zero_shot", "--ratios=2", "error: --ratios: expected numbers between 0 and 1"),

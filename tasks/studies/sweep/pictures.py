@@ -1,9 +1,9 @@
-"""The three sweeps as pictures: quality against gamma, against the rounding, and by where weights leave."""
+"""The sweeps as pictures: quality against gamma, the attention factor, the rounding, and by where weights leave."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tasks.studies.sweep import alignment, gamma_sweep, modules
+from tasks.studies.sweep import alignment, attention_factor, gamma_sweep, modules
 from tasks.studies.sweep.alignment import PHASES
 from tasks.studies.sweep.cells import Cell
 from tasks.studies.sweep.plot import Curve, Level, Panel, Spot, draw, kl_spot, perplexity_spot
@@ -143,5 +143,44 @@ def draw_modules(cells: Sequence[Cell], dense_perplexity: float, png: Path) -> l
     return draw("modules", panels, png, notes)
 
 
-DRAW = {gamma_sweep.STUDY: draw_gamma, alignment.STUDY: draw_alignment, modules.STUDY: draw_modules}
+def draw_attention_factor(cells: Sequence[Cell], dense_perplexity: float, png: Path) -> list[Path]:
+    """Draw KL and perplexity against the factor, one curve a ratio."""
+    factors = sorted({each.names["factor"] for each in cells})
+    panels = []
+    for title, measure, spot_of, levels in (
+        ("Held-out KL", _KL, kl_spot, []),
+        ("Perplexity on other text", _PERPLEXITY, perplexity_spot, [Level("dense", dense_perplexity)]),
+    ):
+        curves = [
+            Curve(
+                f"ratio {ratio:g}",
+                [spot_of(each, each.names["factor"]) for each in attention_factor.judged_at(cells, ratio)],
+                look,
+            )
+            for look, ratio in enumerate(attention_factor.ratios_of(cells))
+        ]
+        panels.append(
+            Panel(
+                title,
+                measure,
+                "attention_factor: a KV group counts so many times, log scale",
+                factors,
+                [f"{factor:g}" for factor in factors],
+                curves,
+                levels,
+                marked=(attention_factor.DEFAULT, "default"),
+                log=bool(levels),
+                log_x=True,
+            )
+        )
+    notes = [f"{_BARS} the default factor of the ratio; mask Fisher, output projections solved for by least squares"]
+    return draw("attention_factor", panels, png, notes)
+
+
+DRAW = {
+    gamma_sweep.STUDY: draw_gamma,
+    attention_factor.STUDY: draw_attention_factor,
+    alignment.STUDY: draw_alignment,
+    modules.STUDY: draw_modules,
+}
 """By the study's name."""

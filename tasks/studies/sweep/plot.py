@@ -134,13 +134,15 @@ def _panel(axes: Axes, panel: Panel) -> None:
         axes.axhline(level.value, color=colour, linewidth=1.4, linestyle="-" if level.look is None else "--", zorder=2)
         ends.append((level.name, level.value, PALETTE["muted"] if level.look is None else colour))
     if panel.marked is not None:
+        last = panel.marked[0] == max(panel.ticks)  # right of it the curves' names begin
         axes.axvline(panel.marked[0], color=PALETTE["rule"], linewidth=1.5, zorder=1)
         axes.annotate(
             panel.marked[1],
             (panel.marked[0], 1),
             xycoords=("data", "axes fraction"),
-            xytext=(4, -2),
+            xytext=(-4 if last else 4, -2),
             textcoords="offset points",
+            ha="right" if last else "left",
             va="top",
             color=PALETTE["muted"],
             fontsize=11,
