@@ -28,8 +28,7 @@ from nirvana.estimate_memory import (
     self_generation_bytes,
 )
 from nirvana.estimate_sizes import Sizes, Workload
-from nirvana.generation import SEQUENCES_AT_ONCE
-from nirvana.walk import Execution, Memory
+from nirvana.walk import SEQUENCES_AT_ONCE, Execution, Memory
 
 __all__ = [
     "FITS",

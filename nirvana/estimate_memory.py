@@ -7,8 +7,7 @@ are the kernel's to drop and do not count. Constants were measured, see docs/ben
 import math
 
 from nirvana.estimate_sizes import Sizes, Workload
-from nirvana.generation import SEQUENCES_AT_ONCE
-from nirvana.walk import FORWARD_TOKENS, Execution, Memory
+from nirvana.walk import FORWARD_TOKENS, SEQUENCES_AT_ONCE, Execution, Memory
 
 BASE_BYTES = 300_000_000
 """A process that has imported torch and transformers and opened a model."""

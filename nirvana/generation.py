@@ -16,9 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nirvana.errors import InputError
-
-SEQUENCES_AT_ONCE = 128
-"""Sequences that share a forward; each adds a cache of keys and values."""
+from nirvana.walk import SEQUENCES_AT_ONCE
 
 
 @torch.no_grad()

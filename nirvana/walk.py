@@ -28,6 +28,8 @@ Memory = Literal["lean", "fast"]
 """Whether a backward walk computes each layer a second time or keeps what autograd saved."""
 FORWARD_TOKENS = 1024
 """Tokens of a forward through a layer, where no gradient is wanted."""
+SEQUENCES_AT_ONCE = 128
+"""Sequences that a model writes together, a token a forward; each adds a cache of keys and values."""
 TokenIds = Int[Tensor, "batch tokens"]
 Ids = TokenIds | tuple[Int[Tensor, "batch _"], ...]
 """Token ids of a decoder-only model; of an encoder-decoder the encoder's and the decoder's."""

@@ -23,8 +23,8 @@ from nirvana.estimate_memory import (
     saliency_bytes,
     self_generation_bytes,
 )
-from nirvana.generation import SEQUENCES_AT_ONCE
 from nirvana.loading import load_model
+from nirvana.walk import SEQUENCES_AT_ONCE
 
 
 @pytest.fixture
