@@ -36,6 +36,7 @@ _STRICT = ConfigDict(extra="forbid")
 PRESETS: dict[str, dict[str, Any]] = {
     "nirvana": {
         "calibration.averaged": 1,
+        "calibration.repeated": 0.0,
         "saliency.method": "nirvana",
         "allocation.ranking": "modules",
         "compensation.method": "none",
@@ -43,6 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "best": {
         "calibration.averaged": 6,
+        "calibration.repeated": 0.4,
         "saliency.method": "fisher",
         "allocation.ranking": "joint",
         "compensation.method": "least_squares",
@@ -131,7 +133,10 @@ class Method:
 
 @dataclass(frozen=True, config=_STRICT)
 class Calibration:
-    """The pool of candidate calibration sets and the held-out batch that chooses one; lengths in tokens."""
+    """The pool of candidate calibration sets and the held-out batch that chooses one; lengths in tokens.
+
+    `repeated` is the share of sequences that say a thing twice.
+    """
 
     seed: Natural
     pool_size: Count
@@ -141,6 +146,7 @@ class Calibration:
     heldout_sequences: Count
     heldout_length: Window
     averaged: Count
+    repeated: Annotated[Share, Field(description="a number in [0, 1], or null for the preset's")]
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -7,7 +7,7 @@ Calibration documents are put in an order by hash and seed; each candidate takes
 therefore begins with the same candidates, as long as one sequence a document is enough to fill it.
 
 Compensation fits on sequences of its own from the same calibration documents, for it needs more of them than saliency;
-generate_text adds what the model writes.
+generate_text adds what the model writes. With `calibration.repeated` some sequences of both say a thing twice.
 
 For an encoder-decoder each sequence of text then becomes a source and a target (tasks/span_corruption.py); the lengths
 in params.yaml are those of the text.
@@ -31,6 +31,7 @@ from tqdm import tqdm
 from nirvana.architectures.registry import read_config
 from nirvana.errors import InputError
 from nirvana.files import atomic_directory, atomic_file
+from nirvana.repetition import with_repetition
 from tasks.documents import Document, read_documents, write_documents
 from tasks.model_directory import load_tokenizer, vocabulary_size
 from tasks.span_corruption import PairMaker
@@ -82,9 +83,10 @@ def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path])
         )
     config = read_config(inputs["model"])
     pairs = PairMaker.of_model(encoder.tokenizer, config) if config.is_encoder_decoder else None
-    candidates = _tensors(pool.input_ids, pairs, pool_order)
+    candidates = _tensors(with_repetition(pool.input_ids, calibration.repeated), pairs, pool_order)
     heldout_batch = _tensors(heldout.input_ids[0], pairs, heldout_order)
-    fitted_on = _tensors(fitted.input_ids, pairs, f"compensation {calibration.seed}")
+    repeating = with_repetition(fitted.input_ids, calibration.repeated)
+    fitted_on = _tensors(repeating, pairs, f"compensation {calibration.seed}")
     save_ids(candidates, pool.documents, outputs["candidates"])
     save_ids(heldout_batch, heldout.documents, outputs["heldout"])
     save_ids(fitted_on, fitted.documents, outputs["compensation_corpus"])

@@ -18,6 +18,7 @@ from tasks.generate_text import interleaved, writable_tokens, written_by
 from tasks.model_directory import load_tokenizer
 from tasks.sample_pool import Encoder, draw, split_documents
 from tasks.studies.comparison import Text, Texts
+from tasks.studies.methods import REPEATED, repeating
 from tasks.studies.store import cached
 from tasks.token_files import read_ids
 
@@ -30,13 +31,19 @@ WINDOW = 128
 """Tokens of an evaluation window: short, so that there are enough of them to resample."""
 
 
-def texts_of_ids(directory: Path, tokens: int | None = None, compensation_sequences: int | None = None) -> Texts:
+def texts_of_ids(
+    directory: Path,
+    tokens: int | None = None,
+    compensation_sequences: int | None = None,
+    repeated: float = REPEATED,
+) -> Texts:
     """Read calibration_ids, calibration_extra_ids, heldout_ids and evaluation_ids, each a list of lists of token ids.
 
     Args:
         directory: Of the `.json` files. Compensation is fitted on the calibration ids, then the extra ones.
         tokens: Evaluation tokens, rounded down to whole windows; None: all.
         compensation_sequences: None: all.
+        repeated: Share of these that are made to say a thing twice.
 
     Raises:
         InputError: If a file is missing, or holds anything but sequences of one length.
@@ -50,10 +57,11 @@ def texts_of_ids(directory: Path, tokens: int | None = None, compensation_sequen
             f"{directory}: expected calibration_ids and calibration_extra_ids of one length, got "
             f"{calibration.shape[1]} and {extra.shape[1]} tokens; cut them alike"
         )
+    fitted = _first(torch.cat([calibration, extra]), compensation_sequences, "compensation", directory)
     windows = len(evaluation) if tokens is None else tokens // evaluation.shape[1]
     return Texts(
         Text(calibration),
-        Text(_first(torch.cat([calibration, extra]), compensation_sequences, "compensation", directory)),
+        Text(repeating(fitted, repeated)),
         Text(heldout),
         Text(_first(evaluation, max(1, windows), "evaluation", directory)),
     )
@@ -152,22 +160,22 @@ def texts_of_pipeline(
     Args:
         params: How it drew.
         model: The dense model, whose tokenizer reads documents.
-        files: `candidates`, `heldout`, `evaluation` and `corpus`: outputs of sample_pool and of fetch_corpus.
+        files: `heldout`, `evaluation` and `corpus`: outputs of sample_pool and of fetch_corpus.
         tokens: Evaluation tokens, BOS included; rounded up to windows of `WINDOW`.
         compensation_sequences: Drawn as the pipeline draws its own.
 
     Raises:
         InputError: If a file is missing or the corpus is too small.
     """
-    candidates = _one(read_ids(files["candidates"]), files["candidates"]).flatten(0, 1)
     heldout = _one(read_ids(files["heldout"]), files["heldout"])
     documents = read_documents(files["evaluation"] / "documents.jsonl")
     encoder = Encoder.of_model(model, params.calibration.add_bos)
     bos = encoder.tokenizer.bos_token_id is not None
     texts = (document.text for document in documents)
+    calibrated, fitted = _drawn(params, files, encoder, compensation_sequences)
     return Texts(
-        Text(candidates[:CALIBRATION_SEQUENCES].clone()),
-        Text(_for_compensation(params, files, encoder, compensation_sequences)),
+        Text(calibrated[:CALIBRATION_SEQUENCES].clone()),
+        Text(repeating(fitted)),
         Text(heldout),
         Text(windows_from_documents(encoder.tokenizer, texts, WINDOW, tokens, bos)),
     )
@@ -181,14 +189,26 @@ def _one(streams: tuple[Tensor, ...], file: Path) -> Tensor:
     return streams[0]
 
 
-def _for_compensation(params: "Params", files: Mapping[str, Path], encoder: Encoder, sequences: int) -> Tensor:
+def _drawn(params: "Params", files: Mapping[str, Path], encoder: Encoder, sequences: int) -> tuple[Tensor, Tensor]:
+    """Draw the pipeline's candidates and its text for compensation, before any of it is made to repeat itself."""
+    asked = params.calibration
+    documents = split_documents(read_documents(files["corpus"] / "documents.jsonl"))["calibration"]
     pool = draw(
-        split_documents(read_documents(files["corpus"] / "documents.jsonl"))["calibration"],
+        documents,
+        encoder,
+        batches=asked.pool_size,
+        sequences=asked.sequences,
+        length=asked.sequence_length,
+        order=f"calibration {asked.seed}",
+        names=("calibration.pool_size", "calibration.sequences", "calibration.sequence_length"),
+    )
+    fitted = draw(
+        documents,
         encoder,
         batches=1,
         sequences=sequences,
         length=params.compensation.sequence_length,
-        order=f"compensation {params.calibration.seed}",
+        order=f"compensation {asked.seed}",
         names=("one batch for compensation", "--compensation-sequences", "compensation.sequence_length"),
     )
-    return torch.from_numpy(pool.input_ids[0])
+    return torch.from_numpy(pool.input_ids).flatten(0, 1), torch.from_numpy(fitted.input_ids[0])

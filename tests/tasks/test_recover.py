@@ -52,7 +52,14 @@ def make_inputs(root: Path, model: Path) -> dict[str, Path]:
     documents = [Document(file.stem, file.read_text()) for file in sorted(speeches.glob("*.txt"))]
     write_documents(root / "corpus" / "documents.jsonl", documents)
     calibration = SimpleNamespace(
-        seed=0, pool_size=1, sequences=2, sequence_length=16, add_bos=False, heldout_sequences=2, heldout_length=16
+        seed=0,
+        pool_size=1,
+        sequences=2,
+        sequence_length=16,
+        add_bos=False,
+        heldout_sequences=2,
+        heldout_length=16,
+        repeated=0.0,
     )
     names = ("corpus", "candidates", "heldout", "compensation_corpus", "evaluation", "checkpoint")
     inputs = {name: root / name for name in names}

@@ -143,6 +143,7 @@ def sample(model, corpus, target, **changes):
         "add_bos": False,
         "heldout_sequences": 2,
         "heldout_length": 32,
+        "repeated": 0.0,
     }
     compensation = {"method": "none", "sequences": 5, "sequence_length": 16}
     compensation |= {key: changes.pop(key) for key in ("method",) if key in changes}
@@ -295,3 +296,17 @@ def test_compensation_fits_on_calibration_documents_only(model, corpus, tmp_path
     with safe_open(without["compensation_corpus"], "numpy") as file:
         assert file.get_tensor("input_ids").shape == (0, 16)
     assert digest(without["candidates"]) == digest(outputs["candidates"])
+
+
+def test_some_sequences_say_a_thing_twice(model, corpus, tmp_path):
+    """Of the candidates and of what compensation fits on; what judges stays as it was written."""
+    plain = sample(model, corpus, tmp_path / "plain", method="least_squares")
+    outputs = sample(model, corpus, tmp_path / "out", method="least_squares", repeated=0.5)
+    for name, rows in (("candidates", [1, 3]), ("compensation_corpus", [1, 3])):
+        before, after = (load_file(each[name])["input_ids"] for each in (plain, outputs))
+        assert before.shape == after.shape
+        twice = (after[..., 9:] == after[..., 1:8]).all(axis=-1).reshape(-1, after.shape[-2])
+        assert all(np.flatnonzero(batch).tolist() == rows for batch in twice)
+        assert (before[..., :9] == after[..., :9]).all()
+    assert digest(plain["heldout"]) == digest(outputs["heldout"])
+    assert digest(plain["evaluation"] / "documents.jsonl") == digest(outputs["evaluation"] / "documents.jsonl")

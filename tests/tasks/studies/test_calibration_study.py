@@ -93,7 +93,7 @@ def documents(tmp_path_factory):
 
 def small_params(**changed):
     asked = {"seed": 0, "pool_size": 3, "sequences": 4, "sequence_length": 16, "add_bos": False}
-    asked |= {"heldout_sequences": 2, "heldout_length": 24} | changed
+    asked |= {"heldout_sequences": 2, "heldout_length": 24, "repeated": 0.0} | changed
     return SimpleNamespace(
         calibration=SimpleNamespace(**asked), compensation=SimpleNamespace(method="none", sequence_length=16)
     )
