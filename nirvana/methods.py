@@ -55,5 +55,3 @@ class Method:
     """Paper and code that it follows."""
     attention_factor: float = 1.0
     """How many times a KV group's saliency counts, for the ranking `joint`."""
-    repeated: float = 0.0
-    """Share of the calibration sequences that it wants to say a thing twice, see `nirvana.repetition`."""

@@ -36,7 +36,6 @@ _STRICT = ConfigDict(extra="forbid")
 PRESETS: dict[str, dict[str, Any]] = {
     "nirvana": {
         "calibration.averaged": 1,
-        "calibration.repeated": 0.0,
         "saliency.method": "nirvana",
         "allocation.ranking": "modules",
         "compensation.method": "none",
@@ -44,7 +43,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "best": {
         "calibration.averaged": 6,
-        "calibration.repeated": 0.4,
         "saliency.method": "fisher",
         "allocation.ranking": "joint",
         "compensation.method": "least_squares",
@@ -146,7 +144,7 @@ class Calibration:
     heldout_sequences: Count
     heldout_length: Window
     averaged: Count
-    repeated: Annotated[Share, Field(description="a number in [0, 1], or null for the preset's")]
+    repeated: Share
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -12,12 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Int
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from torch import Tensor
 
 from nirvana import baselines
 from nirvana.allocation import Keep, Rule, allocate
@@ -26,15 +23,11 @@ from nirvana.baselines.same_share import allocate_same_share, protected_layers
 from nirvana.errors import InputError
 from nirvana.files import atomic_file
 from nirvana.methods import Method, Scoring
-from nirvana.repetition import with_repetition
-from nirvana.walk import Stack
-from tasks.params import PRESETS
+from nirvana.walk import Ids, Stack
 from tasks.studies import scorers
 from tasks.studies.store import STUDIES, study_key
 
 Tensors = dict[str, NDArray[Any]]
-REPEATED: float = PRESETS["best"]["calibration.repeated"]
-"""Share of the sequences that say a thing twice: of what `best` scores on, and of all text for compensation."""
 SHORTGPT = "shortgpt"
 """It removes whole layers: no method of units, see `nirvana.baselines.shortgpt`."""
 SLICEGPT = "slicegpt"
@@ -47,7 +40,6 @@ METHODS: dict[str, Method] = {
         scorers.fisher,
         "joint",
         attention_factor=2.0,
-        repeated=REPEATED,
         source="mask Fisher, arXiv 2204.09656; see nirvana.fisher",
     ),
     **baselines.METHODS,
@@ -114,11 +106,6 @@ def allocate_for(
     )
 
 
-def repeating(ids: Int[Tensor, "sequences tokens"], share: float = REPEATED) -> Int[Tensor, "sequences tokens"]:
-    """Return sequences, a share of which says a thing twice (`nirvana.repetition`)."""
-    return torch.from_numpy(with_repetition(ids.numpy(), share))
-
-
 @dataclass(frozen=True)
 class Scores:
     """Unit saliency by site name, and the seconds that it took when it was computed."""
@@ -131,7 +118,7 @@ def scores_of(
     method: Method,
     open_stack: Callable[[], Stack],
     model: str,
-    ids: Int[Tensor, "sequences tokens"],
+    ids: Ids,
     calibration: str,
     seed: int = 0,
     microbatch: int = 2,
@@ -142,17 +129,16 @@ def scores_of(
         method: What scores.
         open_stack: Opens the dense model; not called where the scores are known.
         model: The model's digest.
-        ids: Calibration sequences; `method.repeated` of them are made to repeat themselves.
+        ids: Calibration sequences.
         calibration: Their digest.
         seed: Of what the method draws, if anything.
         microbatch: Sequences a forward where gradients are wanted.
     """
     parts: dict[str, Any] = {"kind": "saliency", "method": method.name, "model": model, "calibration": calibration}
     parts["seed"] = seed if method.name in SEEDED else 0
-    parts["repeated"] = method.repeated
 
     def compute() -> Tensors:
-        found = method.scorer(open_stack(), repeating(ids, method.repeated), Scoring(microbatch, seed))
+        found = method.scorer(open_stack(), ids, Scoring(microbatch, seed))
         return {name: values.numpy() for name, values in found.items()}
 
     return Scores(*cached_tensors(parts, method.scorer, compute))

@@ -18,7 +18,6 @@ from tasks.generate_text import interleaved, writable_tokens, written_by
 from tasks.model_directory import load_tokenizer
 from tasks.sample_pool import Encoder, draw, split_documents
 from tasks.studies.comparison import Text, Texts
-from tasks.studies.methods import REPEATED, repeating
 from tasks.studies.store import cached
 from tasks.token_files import read_ids
 
@@ -31,19 +30,13 @@ WINDOW = 128
 """Tokens of an evaluation window: short, so that there are enough of them to resample."""
 
 
-def texts_of_ids(
-    directory: Path,
-    tokens: int | None = None,
-    compensation_sequences: int | None = None,
-    repeated: float = REPEATED,
-) -> Texts:
+def texts_of_ids(directory: Path, tokens: int | None = None, compensation_sequences: int | None = None) -> Texts:
     """Read calibration_ids, calibration_extra_ids, heldout_ids and evaluation_ids, each a list of lists of token ids.
 
     Args:
         directory: Of the `.json` files. Compensation is fitted on the calibration ids, then the extra ones.
         tokens: Evaluation tokens, rounded down to whole windows; None: all.
         compensation_sequences: None: all.
-        repeated: Share of these that are made to say a thing twice.
 
     Raises:
         InputError: If a file is missing, or holds anything but sequences of one length.
@@ -57,11 +50,10 @@ def texts_of_ids(
             f"{directory}: expected calibration_ids and calibration_extra_ids of one length, got "
             f"{calibration.shape[1]} and {extra.shape[1]} tokens; cut them alike"
         )
-    fitted = _first(torch.cat([calibration, extra]), compensation_sequences, "compensation", directory)
     windows = len(evaluation) if tokens is None else tokens // evaluation.shape[1]
     return Texts(
         Text(calibration),
-        Text(repeating(fitted, repeated)),
+        Text(_first(torch.cat([calibration, extra]), compensation_sequences, "compensation", directory)),
         Text(heldout),
         Text(_first(evaluation, max(1, windows), "evaluation", directory)),
     )
@@ -175,7 +167,7 @@ def texts_of_pipeline(
     calibrated, fitted = _drawn(params, files, encoder, compensation_sequences)
     return Texts(
         Text(calibrated[:CALIBRATION_SEQUENCES].clone()),
-        Text(repeating(fitted)),
+        Text(fitted),
         Text(heldout),
         Text(windows_from_documents(encoder.tokenizer, texts, WINDOW, tokens, bos)),
     )
@@ -190,7 +182,10 @@ def _one(streams: tuple[Tensor, ...], file: Path) -> Tensor:
 
 
 def _drawn(params: "Params", files: Mapping[str, Path], encoder: Encoder, sequences: int) -> tuple[Tensor, Tensor]:
-    """Draw the pipeline's candidates and its text for compensation, before any of it is made to repeat itself."""
+    """Draw the pipeline's candidates and its text for compensation, none of it made to repeat itself.
+
+    Rivals are calibrated on what was written, whatever `calibration.repeated` asks for.
+    """
     asked = params.calibration
     documents = split_documents(read_documents(files["corpus"] / "documents.jsonl"))["calibration"]
     pool = draw(

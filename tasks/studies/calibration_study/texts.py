@@ -106,7 +106,7 @@ def ids_source(directory: Path, tokens: int) -> Source:
     Raises:
         InputError: If a file is missing or of another form.
     """
-    whole = texts_of_ids(directory, repeated=0.0)
+    whole = texts_of_ids(directory)
     windows = max(1, tokens // whole.evaluation.ids.shape[1])
     rows = whole.compensation.ids  # all of both files
 

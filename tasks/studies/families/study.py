@@ -24,7 +24,7 @@ from nirvana.files import read_json
 from tasks.jobs import Job, Progress
 from tasks.studies import tiny_model
 from tasks.studies.comparison import BEST, DENSE, Comparison, Compensation, Text, Texts
-from tasks.studies.methods import method_named, repeating
+from tasks.studies.methods import method_named
 from tasks.studies.parts import run_parts
 from tasks.studies.store import STUDIES
 from tasks.studies.tiny_model import FAMILIES, Recipe, check_families, read_text, trained_model
@@ -122,7 +122,7 @@ def texts_of(text: tiny_model.Text, settings: Settings, seed: int) -> Texts:
     judged = text.spread(2 * settings.windows, length)
     return Texts(
         Text(drawn[: settings.calibration_sequences].clone()),
-        Text(repeating(drawn)),
+        Text(drawn),
         heldout=Text(judged[1::2].clone()),
         evaluation=Text(judged[::2].clone()),
     )

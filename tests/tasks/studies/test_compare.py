@@ -23,7 +23,7 @@ from nirvana.errors import InputError
 from nirvana.files import write_json
 from nirvana.input_statistics import input_statistics
 from nirvana.loading import load_model
-from nirvana.methods import Method, Scoring
+from nirvana.methods import Method
 from nirvana.plan import Plan
 from nirvana.surgery import prune
 from nirvana.walk import Stack
@@ -34,12 +34,12 @@ from tasks.generate_text import written_by
 from tasks.model_directory import load_tokenizer
 from tasks.studies import comparison as judging
 from tasks.studies import methods as registry
-from tasks.studies import scorers, store
+from tasks.studies import store
 from tasks.studies.compare.leaderboard import Line, leaderboard, series, shown, verdict, write_leaderboard
 from tasks.studies.compare.plot import draw
 from tasks.studies.compare.study import Settings, measure
 from tasks.studies.comparison import Comparison, Text, Texts
-from tasks.studies.methods import METHODS, REPEATED, SHORTGPT, SLICEGPT, allocate_for, repeating
+from tasks.studies.methods import METHODS, SHORTGPT, SLICEGPT, allocate_for
 from tasks.studies.picture import apart
 from tasks.studies.texts import judged_on, texts_of_ids, texts_of_pipeline, with_generated
 
@@ -239,17 +239,6 @@ def test_no_ratio_repeats_a_backward_pass(comparison, monkeypatch):
     assert calls == [0]  # another rounding reads the same scores
 
 
-def test_only_our_best_scores_on_text_that_repeats_itself(comparison):
-    ids, stack = comparison.texts.calibration.ids, comparison.stack
-    twice = repeating(ids)
-    assert [name for name, method in METHODS.items() if method.repeated] == ["fisher"]
-    for name, read in (("fisher", twice), ("nirvana", ids)):
-        found = comparison.scores(METHODS[name]).saliency
-        expected = getattr(scorers, name)(stack, read, Scoring())
-        assert all(np.array_equal(found[site], expected[site].numpy()) for site in expected)
-    assert METHODS["fisher"].repeated == REPEATED > 0
-
-
 def test_seeds_count_for_what_is_drawn(comparison):
     rows = measure(comparison, Settings(("random", "magnitude"), (RATIO,), ("none",), seeds=2))
     assert [(row["method"], row["seed"]) for row in rows[1:]] == [("random", 0), ("random", 1), ("magnitude", 0)]
@@ -308,7 +297,7 @@ def test_texts_of_ids(tmp_path):
     assert [list(getattr(found, each.name).ids.shape) for each in fields(found)] == [[4, 8], [6, 8], [4, 8], [3, 8]]
     given = torch.cat([random_ids(4, 8), random_ids(4, 8, 1)])
     assert torch.equal(found.calibration.ids, given[:4])
-    assert torch.equal(found.compensation.ids, repeating(given[:6])) and not torch.equal(repeating(given), given)
+    assert torch.equal(found.compensation.ids, given[:6])
     whole = texts_of_ids(tmp_path)
     assert len(whole.compensation.ids) == 8 and len(whole.evaluation.ids) == 4
     assert whole.calibration.digest == found.calibration.digest
@@ -345,11 +334,11 @@ def test_texts_of_the_pipeline(model_directory, tmp_path):
     encoder = sample_pool.Encoder.of_model(model_directory, add_bos=False)
     size = {"batches": 5, "sequences": 8, "length": 16, "order": "calibration 0", "names": names}
     pool = sample_pool.draw(splits["calibration"], encoder, **size)
-    # as it was written: what says a thing twice is `best`'s alone
+    # as it was written, whatever the pipeline makes of it
     assert torch.equal(found.calibration.ids, torch.from_numpy(pool.input_ids).flatten(0, 1)[:32])
     assert found.evaluation.ids.shape == (3, 128) and (found.evaluation.ids[:, 0] == 0).all()  # BOS
     read = {d.id: encoder(d).tolist() for d in read_documents(files["corpus"] / "documents.jsonl")}
-    windows = [str(row[: 1 + len(row) // 2].tolist())[1:-1] for row in found.compensation.ids]
+    windows = [str(row.tolist())[1:-1] for row in found.compensation.ids]
     owners = [[name for name, ids in read.items() if window in str(ids)] for window in windows]
     assert len(owners) == 5
     allowed = {document.id for document in splits["calibration"]}
