@@ -4,16 +4,20 @@ import glob
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from nirvana.errors import InputError
 from nirvana.files import atomic_file
 
+Item = TypeVar("Item")
+
 _LOG = logging.getLogger(__name__)
 
 DATASETS_CACHE = Path(".cache/datasets")
+_SHOWN_COLUMNS = 10
 _LOADERS = {
     ".txt": "text",
     ".md": "text",
@@ -29,13 +33,18 @@ class Document(NamedTuple):
 
     id: str
     text: str
+    source: int = 0
+    """Which of the corpus's sources, counted from 0."""
 
 
 def write_documents(path: Path, documents: Iterable[Document]) -> None:
-    """Write documents.jsonl: one {"id", "text"} a line, in order."""
+    """Write documents.jsonl: one {"id", "text"} a line, in order, and "source" from the second one on."""
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for document in documents:
-            file.write(json.dumps(document._asdict(), ensure_ascii=False) + "\n")
+            row = document._asdict()
+            if not document.source:
+                del row["source"]
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read_documents(path: Path) -> list[Document]:
@@ -55,12 +64,31 @@ def read_documents(path: Path) -> list[Document]:
             continue
         try:
             row = json.loads(line)
-            documents.append(Document(row["id"], row["text"]))
-        except (json.JSONDecodeError, KeyError, TypeError):
+            documents.append(Document(row["id"], row["text"], int(row.get("source", 0))))
+        except (KeyError, TypeError, ValueError):
             raise InputError(
                 f'{path}:{number}: expected {{"id", "text"}} as JSON, got {line[:60]!r}; delete the file and run again'
             ) from None
     return documents
+
+
+def in_turn(documents: Iterable[Document], per_source: Callable[[list[Document]], Iterable[Item]]) -> Iterator[Item]:
+    """Take what is made of each source's documents in turn: as many items of one as of another, while they last.
+
+    Args:
+        documents: Of all sources; a source's keep their order.
+        per_source: Makes items of one source's documents.
+    """
+    of_source: dict[int, list[Document]] = {}
+    for document in documents:
+        of_source.setdefault(document.source, []).append(document)
+    queues = [iter(per_source(of_source[source])) for source in sorted(of_source)]
+    while queues:
+        for queue in list(queues):
+            try:
+                yield next(queue)
+            except StopIteration:
+                queues.remove(queue)
 
 
 def expand(path: Path) -> list[Path]:
@@ -84,7 +112,8 @@ def expand(path: Path) -> list[Path]:
 def read_files(files: list[Path], text_field: str, split: str = "train") -> Iterator[Document]:
     """Stream the documents of local files through `datasets`.
 
-    A text file is one document, named by its stem; a row of JSON, CSV or parquet is one, named `split:row`.
+    A text file is one document, named by its stem; a row of JSON, CSV or parquet is one, named `split:row`. The rows of
+    JSON are its lines, the members of a list, or the values of an object, if all of them are objects.
 
     Args:
         files: Files of one format, in order.
@@ -106,6 +135,15 @@ def read_files(files: list[Path], text_field: str, split: str = "train") -> Iter
     # a [ in a real name is no pattern
     names = [glob.escape(os.path.abspath(file)) for file in files]  # noqa: PTH100 - resolve() would follow links
     try:
+        named = [rows for file in files if (rows := _named_rows(file)) is not None]
+        if named and len(named) < len(files):
+            raise InputError(
+                f"corpus: expected JSON files of one form, {len(named)} of {len(files)} are an object of rows each; "
+                "narrow corpus.source"
+            )
+        if named:
+            yield from read_rows((row for rows in named for row in rows), text_field, split)
+            return
         from datasets import load_dataset
 
         rows = load_dataset(
@@ -125,6 +163,32 @@ def read_files(files: list[Path], text_field: str, split: str = "train") -> Iter
         ) from error
 
 
+def _named_rows(file: Path) -> list[dict[str, Any]] | None:
+    """Return the values of a `.json` file that is an object of objects: rows, which `datasets` would take for columns.
+
+    What a row lacks of the others' columns is null, as in the other forms. None for any other file; of one that holds a
+    row a line only the first two lines are read.
+    """
+    if file.suffix != ".json":
+        return None
+    with file.open(encoding="utf-8-sig") as opened:
+        first = opened.readline()
+        if not first.lstrip().startswith("{"):
+            return None
+        with suppress(json.JSONDecodeError):
+            json.loads(first)
+            if opened.readline().strip():
+                return None
+        try:
+            whole = json.loads(first + opened.read())
+        except json.JSONDecodeError:
+            return None
+    if not whole or not all(isinstance(row, dict) for row in whole.values()):
+        return None
+    columns = dict.fromkeys(column for row in whole.values() for column in row)
+    return [{column: row.get(column) for column in columns} for row in whole.values()]
+
+
 def read_rows(rows: Iterable[dict[str, Any]], text_field: str, split: str) -> Iterator[Document]:
     """Name the rows of a dataset and take their text.
 
@@ -133,7 +197,7 @@ def read_rows(rows: Iterable[dict[str, Any]], text_field: str, split: str) -> It
     """
     for index, row in enumerate(rows):
         if text_field not in row:
-            columns = ", ".join(sorted(row))
+            columns = ", ".join(sorted(row)[:_SHOWN_COLUMNS]) + (", ..." if len(row) > _SHOWN_COLUMNS else "")
             raise InputError(
                 f"corpus.text_field: expected a column of the corpus, got {text_field!r}; it has: {columns}"
             )

@@ -6,6 +6,7 @@ import itertools
 import logging
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,34 +30,48 @@ def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path])
     """Write documents.jsonl and source.json into `outputs["corpus"]`.
 
     Raises:
-        InputError: If the source cannot be resolved or read, or holds no text.
+        InputError: If a source cannot be resolved or read, or holds no text.
     """
     corpus = params.corpus
-    with atomic_directory(outputs["corpus"]) as directory, tempfile.TemporaryDirectory(dir=directory) as scratch:
-        stream, resolved = open_corpus(corpus, Path(scratch))
-        clean = ((name, strip_text(text, corpus.strip)) for name, text in stream)
-        kept = itertools.islice((Document(name, text) for name, text in clean if text), corpus.max_documents)
-        documents = list(tqdm(kept, desc="documents", unit="", mininterval=1.0))
-        if not documents:
-            raise InputError(f"corpus.source: {corpus.source} holds no text; choose another source or column")
+    documents: list[Document] = []
+    resolved: list[str] = []
+    with atomic_directory(outputs["corpus"]) as directory:
+        for number, source in enumerate(corpus.sources):
+            with tempfile.TemporaryDirectory(dir=directory) as scratch:
+                stream, stands_for = open_source(source, corpus, Path(scratch))
+                documents += _kept(stream, number, source, corpus)
+            resolved.append(stands_for)
         target = directory / "documents.jsonl"
         write_documents(target, documents)
+        of_source = Counter(document.source for document in documents)
         record = {
             "source": corpus.source,
-            "resolved": resolved,
+            "resolved": resolved[0] if isinstance(corpus.source, str) else resolved,
             "documents": len(documents),
             "characters": sum(len(document.text) for document in documents),
             "digest": f"sha256:{sha256_file(target)}",
-        }
+        } | ({} if isinstance(corpus.source, str) else {"documents_by_source": [*of_source.values()]})
         write_json(directory / "source.json", record)
     _LOG.info("%d documents, %d characters in %s", record["documents"], record["characters"], outputs["corpus"])
 
 
-def open_corpus(corpus: Corpus, scratch: Path) -> tuple[Iterator[Document], str]:
-    """Open a corpus as a stream of documents.
+def _kept(stream: Iterator[Document], number: int, source: str, corpus: Corpus) -> list[Document]:
+    """Return a source's documents that hold text; those of a second or third one have its number before their name."""
+    before = f"{number}:" if number else ""
+    clean = (Document(f"{before}{each.id}", strip_text(each.text, corpus.strip), number) for each in stream)
+    kept = itertools.islice((each for each in clean if each.text), corpus.max_documents)
+    documents = list(tqdm(kept, desc="documents", unit="", mininterval=1.0))
+    if not documents:
+        raise InputError(f"corpus.source: {source} holds no text; choose another source or column")
+    return documents
+
+
+def open_source(source: str, corpus: Corpus, scratch: Path) -> tuple[Iterator[Document], str]:
+    """Open a source of text as a stream of documents.
 
     Args:
-        corpus: The corpus section of the parameters.
+        source: One of the corpus's.
+        corpus: The corpus section of the parameters: how it is read.
         scratch: Existing directory for files that are unpacked on the way.
 
     Returns:
@@ -65,11 +80,11 @@ def open_corpus(corpus: Corpus, scratch: Path) -> tuple[Iterator[Document], str]
     Raises:
         InputError: If the source cannot be reached or nothing matches it.
     """
-    match parse_source(corpus.source):
+    match parse_source(source):
         case HubSource() as hub:
             with online(), hub_errors(hub):
                 commit, _ = resolve_commit(hub, "dataset")
-            return _stream_hub(hub, commit, corpus), f"hf:{hub.repository}@{commit}"
+            return _stream_hub(hub, source, commit, corpus), f"hf:{hub.repository}@{commit}"
         case PathSource(path):
             return read_files(expand(path), corpus.text_field, corpus.split), f"path:{path.as_posix()}"
         case PypiSource(package, version, member):
@@ -79,7 +94,7 @@ def open_corpus(corpus: Corpus, scratch: Path) -> tuple[Iterator[Document], str]
             return read_files(files, corpus.text_field, corpus.split), resolved
 
 
-def _stream_hub(hub: HubSource, commit: str, corpus: Corpus) -> Iterator[Document]:
+def _stream_hub(hub: HubSource, source: str, commit: str, corpus: Corpus) -> Iterator[Document]:
     """Stream one split of a dataset of the hub; only what is read is downloaded."""
     with online(), hub_errors(hub):
         from datasets import load_dataset
@@ -95,7 +110,7 @@ def _stream_hub(hub: HubSource, commit: str, corpus: Corpus) -> Iterator[Documen
             )
         except (ValueError, RuntimeError, FileNotFoundError) as error:
             raise InputError(
-                f"{corpus.source}: datasets cannot open configuration {corpus.config!r}, split {corpus.split!r} "
+                f"{source}: datasets cannot open configuration {corpus.config!r}, split {corpus.split!r} "
                 f"({describe(error)}); set corpus.config and corpus.split"
             ) from error
         yield from read_rows(rows, corpus.text_field, corpus.split)

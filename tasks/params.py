@@ -59,6 +59,15 @@ def _check_source(source: str) -> str:
     return source
 
 
+def _check_sources(sources: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    each = (sources,) if isinstance(sources, str) else sources
+    if not each or len(set(each)) < len(each):
+        raise ValueError(f"expected one source or more, each once, got {list(each)}; correct the list")
+    for source in each:
+        parse_source(source)
+    return sources
+
+
 def _check_regex(pattern: str) -> str:
     try:
         re.compile(pattern)
@@ -73,6 +82,12 @@ def _to_tuple(value: Any) -> Any:
 
 Source = Annotated[
     str, AfterValidator(_check_source), Field(strict=True, description="a source such as hf:, path: or pypi:")
+]
+Sources = Annotated[
+    Annotated[str, Field(strict=True)] | tuple[Annotated[str, Field(strict=True)], ...],
+    BeforeValidator(_to_tuple),
+    AfterValidator(_check_sources),
+    Field(description="a source such as hf:, path: or pypi:, or a list of such"),
 ]
 Regex = Annotated[str, AfterValidator(_check_regex), Field(strict=True, description="a regular expression or null")]
 Text = Annotated[str, Field(strict=True, min_length=1, description="a non-empty text")]
@@ -114,12 +129,17 @@ class Model:
 class Corpus:
     """Which text calibrates and judges it."""
 
-    source: Source
+    source: Sources
     config: Text | None
     split: Text
     text_field: Text
     max_documents: Count
     strip: Regex | None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Each source of text, in order; the other keys hold for all of them."""
+        return (self.source,) if isinstance(self.source, str) else self.source
 
 
 @dataclass(frozen=True, config=_STRICT)

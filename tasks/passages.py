@@ -2,11 +2,11 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from nirvana.errors import InputError
-from tasks.documents import Document
+from tasks.documents import Document, in_turn
 
 Item = TypeVar("Item")
 
@@ -47,7 +47,7 @@ def spread_items(
     count: int,
     parameter: str,
 ) -> list[Item]:
-    """Make items, spread over the documents; the first n are the same for every larger count.
+    """Make items, spread over the documents, the sources in turn; the first n are the same for every larger count.
 
     Args:
         documents: Held-out documents, in any order.
@@ -59,11 +59,15 @@ def spread_items(
     Raises:
         InputError: If the documents do not hold that many.
     """
-    shuffled = sorted(documents, key=lambda document: order_key(document.id))
-    queues = [sorted(make_items(document), key=key) for document in shuffled]
-    rounds = max(map(len, queues), default=0)
-    # one item of each document, then a second of each, ...
-    items = [queue[turn] for turn in range(rounds) for queue in queues if turn < len(queue)]
+
+    def spread(of_source: Sequence[Document]) -> Iterator[Item]:
+        shuffled = sorted(of_source, key=lambda document: order_key(document.id))
+        queues = [sorted(make_items(document), key=key) for document in shuffled]
+        rounds = max(map(len, queues), default=0)
+        # one item of each document, then a second of each, ...
+        yield from (queue[turn] for turn in range(rounds) for queue in queues if turn < len(queue))
+
+    items = list(in_turn(documents, spread))
     if len(items) < count:
         raise InputError(
             f"{parameter}: expected {count} items, the {len(documents)} evaluation documents hold "

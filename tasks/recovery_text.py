@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nirvana.errors import InputError
-from tasks.documents import Document
+from tasks.documents import Document, in_turn
 from tasks.sample_pool import Encoder
 from tasks.span_corruption import PairMaker
 
@@ -20,7 +20,7 @@ def training_text(
 ) -> tuple[Tensor, ...]:
     """Return as many sequences as a budget of tokens takes, or all that the documents hold.
 
-    Documents come in an order by hash and seed, joined by a blank line; as many are read as it takes.
+    Documents come in an order by hash and seed, sources in turn, joined by a blank line; as many are read as needed.
 
     Args:
         documents: Of the calibration split.
@@ -43,7 +43,7 @@ def training_text(
     pieces: list[np.ndarray] = []
     found = 0
     ordered = sorted(documents, key=lambda each: hashlib.sha256(f"{order}\0{each.id}".encode()).digest())
-    for document in tqdm(ordered, desc="tokenizing documents", unit="", mininterval=1.0, leave=False):
+    for document in tqdm(in_turn(ordered, iter), desc="tokenizing documents", unit="", mininterval=1.0, leave=False):
         if found >= wanted * length:
             break
         pieces += [encoder(document), separator]

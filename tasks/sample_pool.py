@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,12 +32,12 @@ from nirvana.architectures.registry import read_config
 from nirvana.errors import InputError
 from nirvana.files import atomic_directory, atomic_file
 from nirvana.repetition import with_repetition
-from tasks.documents import Document, read_documents, write_documents
+from tasks.documents import Document, in_turn, read_documents, write_documents
 from tasks.model_directory import load_tokenizer, vocabulary_size
 from tasks.span_corruption import PairMaker
 
 if TYPE_CHECKING:
-    from tasks.params import Params
+    from tasks.params import Calibration, Params
 
 _LOG = logging.getLogger(__name__)
 
@@ -53,29 +53,13 @@ def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path])
         InputError: If the corpus is too small for the pool, or the tokenizer does not fit the model.
     """
     calibration = params.calibration
-    pool_order, heldout_order = f"calibration {calibration.seed}", "heldout"
     splits = split_documents(read_documents(inputs["corpus"] / "documents.jsonl"))
     encoder = Encoder.of_model(inputs["model"], calibration.add_bos)
-    pool = draw(
-        splits["calibration"],
-        encoder,
-        batches=calibration.pool_size,
-        sequences=calibration.sequences,
-        length=calibration.sequence_length,
-        order=pool_order,
-        names=("calibration.pool_size", "calibration.sequences", "calibration.sequence_length"),
-    )
-    # not by the seed: pools of different seeds are compared by the same measure
-    heldout = draw(
-        splits["heldout"],
-        encoder,
-        batches=1,
-        sequences=calibration.heldout_sequences,
-        length=calibration.heldout_length,
-        order=heldout_order,
-        names=("one held-out batch", "calibration.heldout_sequences", "calibration.heldout_length"),
-    )
-    fitted = _for_compensation(params, splits["calibration"], encoder)
+    pool = draw_candidates(calibration, splits["calibration"], encoder)
+    heldout = draw_heldout(calibration, splits["heldout"], encoder)
+    fitted = Pool(np.empty((1, 0, params.compensation.sequence_length), dtype=np.int64), [], "nothing")
+    if params.compensation.method != "none":
+        fitted = draw_compensation(params, splits["calibration"], encoder, params.compensation.sequences)
     if not splits["evaluation"]:
         raise InputError(
             f"corpus: expected documents to evaluate on, none of its {sum(map(len, splits.values()))} fell into the "
@@ -83,33 +67,64 @@ def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path])
         )
     config = read_config(inputs["model"])
     pairs = PairMaker.of_model(encoder.tokenizer, config) if config.is_encoder_decoder else None
-    candidates = _tensors(with_repetition(pool.input_ids, calibration.repeated), pairs, pool_order)
-    heldout_batch = _tensors(heldout.input_ids[0], pairs, heldout_order)
-    repeating = with_repetition(fitted.input_ids, calibration.repeated)
-    fitted_on = _tensors(repeating, pairs, f"compensation {calibration.seed}")
-    save_ids(candidates, pool.documents, outputs["candidates"])
-    save_ids(heldout_batch, heldout.documents, outputs["heldout"])
-    save_ids(fitted_on, fitted.documents, outputs["compensation_corpus"])
+    repeated = calibration.repeated
+    drawn = {
+        "candidates": (pool, with_repetition(pool.input_ids, repeated)),
+        "heldout": (heldout, heldout.input_ids[0]),
+        "compensation_corpus": (fitted, with_repetition(fitted.input_ids[0], repeated)),
+    }
+    # all of them made before any is written
+    made = {name: _tensors(ids, pairs, batch.order) for name, (batch, ids) in drawn.items()}
+    for name, (batch, _) in drawn.items():
+        save_ids(made[name], batch.documents, outputs[name])
     with atomic_directory(outputs["evaluation"]) as directory:
         write_documents(directory / "documents.jsonl", splits["evaluation"])
     _LOG.info("pool of %s tokens from %d documents", pool.input_ids.shape, sum(map(len, pool.documents)))
 
 
-def _for_compensation(params: Params, documents: Sequence[Document], encoder: Encoder) -> Pool:
-    """Return the sequences that compensation fits on: none where there is no compensation."""
-    asked = params.compensation
-    if asked.method == "none":
-        return Pool(np.empty((0, asked.sequence_length), dtype=np.int64), [])
-    drawn = draw(
+def draw_candidates(asked: Calibration, documents: Sequence[Document], encoder: Encoder) -> Pool:
+    """Return the pool of candidates, a batch each."""
+    return draw(
+        documents,
+        encoder,
+        batches=asked.pool_size,
+        sequences=asked.sequences,
+        length=asked.sequence_length,
+        order=f"calibration {asked.seed}",
+        names=("calibration.pool_size", "calibration.sequences", "calibration.sequence_length"),
+    )
+
+
+def draw_heldout(asked: Calibration, documents: Sequence[Document], encoder: Encoder) -> Pool:
+    """Return the held-out batch; not by the seed, for pools of different seeds are compared by the same measure."""
+    return draw(
         documents,
         encoder,
         batches=1,
-        sequences=asked.sequences,
-        length=asked.sequence_length,
-        order=f"compensation {params.calibration.seed}",
-        names=("one batch for compensation", "compensation.sequences", "compensation.sequence_length"),
+        sequences=asked.heldout_sequences,
+        length=asked.heldout_length,
+        order="heldout",
+        names=("one held-out batch", "calibration.heldout_sequences", "calibration.heldout_length"),
     )
-    return Pool(drawn.input_ids[0], drawn.documents)
+
+
+def draw_compensation(
+    params: Params,
+    documents: Sequence[Document],
+    encoder: Encoder,
+    sequences: int,
+    name: str = "compensation.sequences",
+) -> Pool:
+    """Return one batch that compensation fits on; `name` is where `sequences` was asked for."""
+    return draw(
+        documents,
+        encoder,
+        batches=1,
+        sequences=sequences,
+        length=params.compensation.sequence_length,
+        order=f"compensation {params.calibration.seed}",
+        names=("one batch for compensation", name, "compensation.sequence_length"),
+    )
 
 
 def split_documents(documents: Sequence[Document]) -> dict[str, list[Document]]:
@@ -177,6 +192,8 @@ class Pool:
 
     input_ids: np.ndarray
     documents: list[list[str]]
+    order: str
+    """What ordered the documents and placed the windows."""
 
 
 def draw(
@@ -191,6 +208,9 @@ def draw(
 ) -> Pool:
     """Draw batches that share no document; each sequence is a random contiguous window of one document.
 
+    The corpus's sources give a document each in turn, as many to within one while they last. Where documents have to
+    give several sequences, those of longer documents give more.
+
     Args:
         documents: What may be used; documents shorter than `length` tokens are skipped.
         encoder: Gives the tokens of a document.
@@ -204,36 +224,38 @@ def draw(
         InputError: If the documents do not suffice.
     """
     ordered = sorted(documents, key=lambda document: _hash(order, document.id))
+
+    def usable(of_source: Sequence[Document]) -> Iterator[Document]:
+        return (document for document in of_source if len(encoder(document)) >= length)
+
     reached = 0
     for per_document in range(1, sequences + 1):
-        plan = _assign(ordered, encoder, batches, sequences, length, per_document)
+        plan = _assign(in_turn(ordered, usable), encoder, batches, sequences, length, per_document)
         if len(plan) == batches:
             rows = [_windows(encoder, document, count, length, order) for batch in plan for document, count in batch]
             ids = np.concatenate(rows).reshape(batches, sequences, length)
-            return Pool(ids, [[document.id for document, _ in batch] for batch in plan])
+            return Pool(ids, [[document.id for document, _ in batch] for batch in plan], order)
         reached = max(reached, len(plan))
     lengths = [len(encoder(document)) for document in ordered]
-    usable = sum(tokens >= length for tokens in lengths)
+    long_enough = sum(tokens >= length for tokens in lengths)
     pool_size, per_batch, window = names
     raise InputError(
         f"{pool_size}: expected {batches} x {sequences} sequences of {length} tokens from documents of their own, the "
-        f"corpus allows {reached} such batches (this split has {len(ordered)} documents, {usable} of at least {length} "
-        f"tokens, {sum(tokens // length for tokens in lengths)} sequences in all); lower {pool_size}, {per_batch} or "
-        f"{window}, or use a larger corpus (corpus.source, corpus.max_documents)"
+        f"corpus allows {reached} such batches (this split has {len(documents)} documents, {long_enough} of at least "
+        f"{length} tokens, {sum(tokens // length for tokens in lengths)} sequences in all); lower {pool_size}, "
+        f"{per_batch} or {window}, or use a larger corpus (corpus.source, corpus.max_documents)"
     )
 
 
 def _assign(
-    ordered: Sequence[Document], encoder: Encoder, batches: int, sequences: int, length: int, per_document: int
+    usable: Iterable[Document], encoder: Encoder, batches: int, sequences: int, length: int, per_document: int
 ) -> list[list[tuple[Document, int]]]:
     """Give each batch its documents and the number of sequences of each; drop a last batch that stays incomplete."""
     plan: list[list[tuple[Document, int]]] = []
     batch: list[tuple[Document, int]] = []
     missing = sequences
-    for document in tqdm(ordered, desc="tokenizing documents", unit="", mininterval=1.0, leave=False):
+    for document in tqdm(usable, desc="tokenizing documents", unit="", mininterval=1.0, leave=False):
         count = min(per_document, len(encoder(document)) // length, missing)
-        if count == 0:
-            continue
         batch.append((document, count))
         missing -= count
         if missing == 0:

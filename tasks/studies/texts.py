@@ -16,7 +16,7 @@ from nirvana.weights import model_digest
 from tasks.documents import Document, expand, read_documents, read_files
 from tasks.generate_text import interleaved, writable_tokens, written_by
 from tasks.model_directory import load_tokenizer
-from tasks.sample_pool import Encoder, draw, split_documents
+from tasks.sample_pool import Encoder, draw_candidates, draw_compensation, split_documents
 from tasks.studies.comparison import Text, Texts
 from tasks.studies.store import cached
 from tasks.token_files import read_ids
@@ -186,24 +186,7 @@ def _drawn(params: "Params", files: Mapping[str, Path], encoder: Encoder, sequen
 
     Rivals are calibrated on what was written, whatever `calibration.repeated` asks for.
     """
-    asked = params.calibration
     documents = split_documents(read_documents(files["corpus"] / "documents.jsonl"))["calibration"]
-    pool = draw(
-        documents,
-        encoder,
-        batches=asked.pool_size,
-        sequences=asked.sequences,
-        length=asked.sequence_length,
-        order=f"calibration {asked.seed}",
-        names=("calibration.pool_size", "calibration.sequences", "calibration.sequence_length"),
-    )
-    fitted = draw(
-        documents,
-        encoder,
-        batches=1,
-        sequences=sequences,
-        length=params.compensation.sequence_length,
-        order=f"compensation {asked.seed}",
-        names=("one batch for compensation", "--compensation-sequences", "compensation.sequence_length"),
-    )
+    pool = draw_candidates(params.calibration, documents, encoder)
+    fitted = draw_compensation(params, documents, encoder, sequences, "--compensation-sequences")
     return torch.from_numpy(pool.input_ids).flatten(0, 1), torch.from_numpy(fitted.input_ids[0])

@@ -42,6 +42,13 @@ def test_endings_that_make_no_item(ending):
         cloze_items([document("a", ending)], 1)
 
 
+def test_sources_give_an_item_each_in_turn():
+    documents = [document(f"a{number}", "railway.") for number in range(6)]
+    documents += [document(f"b{number}", "commission.")._replace(source=1) for number in range(2)]
+    targets = [item["target"] for item in cloze_items(documents, 6)]
+    assert targets == [" railway", " commission"] * 2 + [" railway"] * 2
+
+
 def test_context_is_neither_short_nor_long():
     short = "The valley wanted a railway. It was given the railway."
     long = "The railway " + "and the railway " * 60 + "came to nothing but another railway."

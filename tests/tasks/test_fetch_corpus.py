@@ -11,6 +11,7 @@ from tiny import tiny_corpus
 from nirvana.errors import InputError
 from tasks.documents import Document, read_documents, write_documents
 from tasks.fetch_corpus import run, strip_text
+from tasks.params import Corpus
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +29,7 @@ def fetch(tmp_path, source, **changes):
         "strip": None,
     }
     target = tmp_path / "data" / "corpus"
-    run(SimpleNamespace(corpus=SimpleNamespace(**(corpus | changes))), {}, {"corpus": target})
+    run(SimpleNamespace(corpus=Corpus(**(corpus | changes))), {}, {"corpus": target})
     assert sorted(file.name for file in target.iterdir()) == ["documents.jsonl", "source.json"]
     return read_documents(target / "documents.jsonl"), json.loads((target / "source.json").read_text())
 
@@ -104,6 +105,64 @@ def test_rows_are_documents_named_by_split_and_index(suffix, write, tmp_path):
         fetch(tmp_path, f"path:rows.{suffix}")
     with pytest.raises(InputError, match="'year' holds int"):
         fetch(tmp_path, f"path:rows.{suffix}", text_field="year")
+
+
+def test_what_the_names_of_a_json_object_stand_for_are_rows(tmp_path):
+    by_name = {f"year {row['year']}": row for row in ROWS}
+    for indent in (None, 1):
+        (tmp_path / "rows.json").write_text(json.dumps(by_name, indent=indent))
+        documents, _ = fetch(tmp_path, "path:rows.json", text_field="body")
+        assert documents == [Document("train:0", "first"), Document("train:2", "third")]
+
+
+def test_rows_of_an_object_may_lack_the_column_but_not_all(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps({"a": {"text": "x"}, "b": {"title": "y"}}))
+    assert fetch(tmp_path, "path:rows.json")[0] == [Document("train:0", "x")]
+    (tmp_path / "rows.json").write_text(json.dumps({"a": {f"column {number:02}": "x" for number in range(12)}}))
+    with pytest.raises(InputError, match=r"it has: column 00, .*, column 09, \.\.\.$"):
+        fetch(tmp_path, "path:rows.json")
+
+
+def test_objects_of_rows_and_other_json_do_not_mix(tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.json").write_text(json.dumps({"a": {"text": "x"}}))
+    (tmp_path / "rows" / "b.json").write_text(json.dumps([{"text": "y"}]))
+    with pytest.raises(InputError, match="expected JSON files of one form, 1 of 2 are an object of rows"):
+        fetch(tmp_path, "path:rows/*.json")
+
+
+def test_a_line_of_one_source_is_name_and_text(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "é"}\n')
+    fetch(tmp_path, "path:rows.jsonl")
+    assert (tmp_path / "data/corpus/documents.jsonl").read_text() == '{"id": "train:0", "text": "é"}\n'
+
+
+def test_an_object_a_line_stays_a_row_a_line(tmp_path):
+    for rows in ([{"a": {"text": "x"}, "text": "one"}], [{"text": {"text": "x"}}] * 2):
+        (tmp_path / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if len(rows) == 1:
+            assert fetch(tmp_path, "path:rows.json")[0] == [Document("train:0", "one")]
+        else:
+            with pytest.raises(InputError, match="'text' holds dict"):
+                fetch(tmp_path, "path:rows.json")
+
+
+def test_several_sources_are_one_corpus(tmp_path):
+    tiny_corpus(tmp_path / "texts", documents=3)
+    write_jsonl(tmp_path / "rows.jsonl")
+    alone, one = fetch(tmp_path, "path:texts")
+    sources = ("path:texts", "path:rows.jsonl")
+    documents, record = fetch(tmp_path, sources, text_field="body")
+    assert documents == [*alone, Document("1:train:0", "first", 1), Document("1:train:2", "third", 1)]
+    assert record["source"] == list(sources)
+    assert record["resolved"] == [one["resolved"], "path:rows.jsonl"]
+    assert record["documents_by_source"] == [3, 2]
+    # each of them may give so many
+    documents, _ = fetch(tmp_path, sources, text_field="body", max_documents=1)
+    assert [document.source for document in documents] == [0, 1]
+    (tmp_path / "rows.jsonl").write_text('{"body": ""}\n')
+    with pytest.raises(InputError, match=r"path:rows.jsonl holds no text"):
+        fetch(tmp_path, sources, text_field="body")
 
 
 def test_wheel(tmp_path):

@@ -19,8 +19,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from importlib import import_module
 from nirvana.errors import InputError
+from tasks.params import SECTIONS
 step, output, values = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-params = SimpleNamespace(**{key: SimpleNamespace(**section) for key, section in values.items()})
+params = SimpleNamespace(**{key: SECTIONS[key](**section) for key, section in values.items()})
 try:
     import_module(f"tasks.{step}").run(params, {}, {output: Path("data") / output})
 except InputError as error:

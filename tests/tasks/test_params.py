@@ -161,6 +161,26 @@ def test_sources_have_one_grammar() -> None:
         assert message(changed("corpus.source", source)) == f"params.yaml: corpus.source: {caught.value}"
 
 
+def test_a_corpus_may_have_several_sources() -> None:
+    one, two = "path:texts", "pypi:name==1.0#dir/*.txt"
+    assert parse_params(changed("corpus.source", one)).corpus.sources == (one,)
+    assert parse_params(changed("corpus.source", [one, two])).corpus.sources == (one, two)
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        ([], "expected one source or more, each once, got []; correct the list"),
+        (["path:a", "path:a"], "expected one source or more, each once, got ['path:a', 'path:a']"),
+        (["path:a", "zip:b"], "source 'zip:b': expected hf:ORG/NAME@REVISION"),
+        (["path:a", 3], "expected a source such as hf:, path: or pypi:, or a list of such, got"),
+        (3, "expected a source such as hf:, path: or pypi:, or a list of such, got 3; edit params.yaml"),
+    ],
+)
+def test_each_of_several_sources_is_checked(sources: object, expected: str) -> None:
+    assert message(changed("corpus.source", sources)).startswith(f"params.yaml: corpus.source: {expected}")
+
+
 def test_uniform_scope_needs_the_exact_rule() -> None:
     values = changed("allocation.scope", "uniform")
     assert parse_params(values).allocation.scope == "uniform"

@@ -12,7 +12,7 @@ from tiny import tiny_corpus, tiny_llama, tiny_t5
 
 from nirvana.errors import InputError
 from tasks.documents import Document, read_documents, write_documents
-from tasks.sample_pool import Encoder, draw, run, split_documents
+from tasks.sample_pool import Encoder, documents_of, draw, run, split_documents
 from tasks.span_corruption import HALVES, SPANS, PairMaker
 
 NAMES = ("calibration.pool_size", "calibration.sequences", "calibration.sequence_length")
@@ -52,6 +52,27 @@ def test_split_is_by_the_hash_of_the_name_alone():
     fewer = split_documents(documents[::2])
     assert all(set(fewer[name]) <= set(splits[name]) for name in splits)
     assert splits["evaluation"] == [document for document in documents if document in set(splits["evaluation"])]
+
+
+def test_sources_give_a_document_each_in_turn():
+    few = [document._replace(source=1) for document in make_documents([40] * 8)]
+    short = [Document(f"short {number}", "abc", 1) for number in range(30)]
+    many = [Document(f"m{number}", chr(65 + number) * 40) for number in range(40)]
+    ours = {document.id for document in few}
+    pool = draw_pool([*many, *few, *short], batches=3, sequences=5)
+    # the second one has documents for eight sequences, and short ones do not count
+    assert [sum(name in ours for name in batch) for batch in pool.documents] == [2, 3, 2]
+    # what one source gives, it gives in the order in which it does alone
+    alone = draw_pool(many, batches=3, sequences=5)
+    names = [name for batch in pool.documents for name in batch if name not in ours]
+    assert names == [name for batch in alone.documents for name in batch][: len(names)]
+    pool = draw_pool([*many, *few, *short], batches=3, sequences=9)
+    assert sum(name in ours for batch in pool.documents for name in batch) == 8
+    # too few documents for a sequence each: documents still alternate, and long ones give more
+    long = [Document(f"l{number}", chr(65 + number) * 160) for number in range(3)]
+    pool = draw_pool([*long, *(Document(f"o{number}", "a" * 20, 1) for number in range(3))], batches=1, sequences=9)
+    assert [name[0] for name in pool.documents[0]] == ["l", "o"] * 3
+    assert (pool.input_ids[0] == ord("a")).all(axis=1).sum() == 3
 
 
 def test_sequences_are_windows_of_documents_of_their_own():
@@ -158,6 +179,19 @@ def sample(model, corpus, target, **changes):
     }
     run(params, {"model": model, "corpus": corpus}, outputs)
     return outputs
+
+
+def test_the_source_of_a_document_goes_with_it(model, corpus, tmp_path):
+    documents = read_documents(corpus / "documents.jsonl")
+    several = [Document(f"1:{each.id}", each.text, 1) for each in documents]
+    (tmp_path / "corpus").mkdir()
+    write_documents(tmp_path / "corpus" / "documents.jsonl", [*documents, *several])
+    outputs = sample(model, tmp_path / "corpus", tmp_path / "out")
+    batches = documents_of(outputs["candidates"])
+    assert [sum(name.startswith("1:") for name in batch) for batch in batches] == [2, 2, 2]
+    judged = read_documents(outputs["evaluation"] / "documents.jsonl")
+    assert {each.source for each in judged} == {0, 1}
+    assert all((each.source == 1) == each.id.startswith("1:") for each in judged)
 
 
 def digest(path):

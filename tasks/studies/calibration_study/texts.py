@@ -13,7 +13,7 @@ from torch import Tensor
 from nirvana.errors import InputError
 from nirvana.perplexity import windows_from_documents
 from tasks.documents import read_documents
-from tasks.sample_pool import Encoder, draw, split_documents
+from tasks.sample_pool import Encoder, draw, draw_heldout, split_documents
 from tasks.studies.comparison import Text
 from tasks.studies.texts import WINDOW, texts_of_ids
 
@@ -67,16 +67,7 @@ def corpus_source(params: "Params", model: Path, corpus: Path, tokens: int) -> S
     asked = params.calibration
     splits = split_documents(read_documents(corpus / "documents.jsonl"))
     encoder = Encoder.of_model(model, asked.add_bos)
-    sizes = (asked.heldout_sequences, asked.heldout_length)
-    heldout = draw(
-        splits["heldout"],
-        encoder,
-        batches=1,
-        sequences=sizes[0],
-        length=sizes[1],
-        order="heldout",
-        names=("one held-out batch", "calibration.heldout_sequences", "calibration.heldout_length"),
-    )
+    heldout = draw_heldout(asked, splits["heldout"], encoder)
 
     def drawn(batches: int, sequences: int, length: int) -> Tensor:
         pool = draw(
