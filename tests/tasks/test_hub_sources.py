@@ -19,9 +19,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from importlib import import_module
 from nirvana.errors import InputError
-from tasks.params import SECTIONS
+from tasks.params import Corpus
 step, output, values = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-params = SimpleNamespace(**{key: SECTIONS[key](**section) for key, section in values.items()})
+kinds = {"corpus": Corpus, "model": SimpleNamespace}
+params = SimpleNamespace(**{key: kinds[key](**section) for key, section in values.items()})
 try:
     import_module(f"tasks.{step}").run(params, {}, {output: Path("data") / output})
 except InputError as error:
