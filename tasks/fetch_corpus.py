@@ -6,10 +6,9 @@ import itertools
 import logging
 import re
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -35,22 +34,26 @@ def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path])
     corpus = params.corpus
     documents: list[Document] = []
     resolved: list[str] = []
+    counts: list[int] = []
     with atomic_directory(outputs["corpus"]) as directory:
         for number, source in enumerate(corpus.sources):
             with tempfile.TemporaryDirectory(dir=directory) as scratch:
                 stream, stands_for = open_source(source, corpus, Path(scratch))
-                documents += _kept(stream, number, source, corpus)
+                kept = _kept(stream, number, source, corpus)
+            documents += kept
             resolved.append(stands_for)
+            counts.append(len(kept))
         target = directory / "documents.jsonl"
         write_documents(target, documents)
-        of_source = Counter(document.source for document in documents)
-        record = {
+        record: dict[str, Any] = {
             "source": corpus.source,
-            "resolved": resolved[0] if isinstance(corpus.source, str) else resolved,
+            "resolved": resolved[0],
             "documents": len(documents),
             "characters": sum(len(document.text) for document in documents),
             "digest": f"sha256:{sha256_file(target)}",
-        } | ({} if isinstance(corpus.source, str) else {"documents_by_source": [*of_source.values()]})
+        }
+        if not isinstance(corpus.source, str):
+            record |= {"resolved": resolved, "documents_by_source": counts}
         write_json(directory / "source.json", record)
     _LOG.info("%d documents, %d characters in %s", record["documents"], record["characters"], outputs["corpus"])
 

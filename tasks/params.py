@@ -64,7 +64,7 @@ def _check_sources(sources: str | tuple[str, ...]) -> str | tuple[str, ...]:
     if not each or len(set(each)) < len(each):
         raise ValueError(f"expected one source or more, each once, got {list(each)}; correct the list")
     for source in each:
-        parse_source(source)
+        _check_source(source)
     return sources
 
 
