@@ -51,7 +51,8 @@ def cloze_items(documents: Sequence[Document], count: int) -> list[dict[str, str
         count: Number of items.
 
     Returns:
-        {"context", "target"} an item; the target begins with the space that separates it.
+        {"context", "target", "document"} an item; the target begins with the space that separates it, and items of
+        one document are no independent witnesses.
 
     Raises:
         InputError: If the documents do not hold that many.
@@ -63,7 +64,7 @@ def cloze_items(documents: Sequence[Document], count: int) -> list[dict[str, str
         count,
         "evaluation.cloze_items",
     )
-    return [{"context": context, "target": target} for context, target in items]
+    return [{"context": context, "target": target, "document": document} for (context, target), document in items]
 
 
 def write_cloze_task(documents: Sequence[Document], count: int, directory: Path, blank: str | None = None) -> Path:
@@ -83,7 +84,9 @@ def write_cloze_task(documents: Sequence[Document], count: int, directory: Path,
     """
     items = cloze_items(documents, count)
     if blank is not None:
-        items = [{"context": f"{item['context']} {blank}", "target": f"{blank}{item['target']}"} for item in items]
+        items = [
+            item | {"context": f"{item['context']} {blank}", "target": f"{blank}{item['target']}"} for item in items
+        ]
     return write_task(_TEMPLATE, items, directory)
 
 

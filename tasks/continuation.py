@@ -50,19 +50,20 @@ def continuation_items(documents: Sequence[Document], count: int) -> list[dict[s
         count: Number of items.
 
     Returns:
-        {"context", "choices", "label"} an item; the label is the true ending's place among the choices, each of which
-        begins with the space that separates it.
+        {"context", "choices", "label", "document"} an item; the label is the true ending's place among the choices,
+        each of which begins with the space that separates it, and items of one document are no independent witnesses.
 
     Raises:
         InputError: If the documents do not hold that many.
     """
-    return spread_items(
+    items = spread_items(
         documents,
         lambda document: _items(document.text),
         lambda item: order_key(item["context"], *item["choices"]),
         count,
         "evaluation.continuation_items",
     )
+    return [item | {"document": document} for item, document in items]
 
 
 def write_continuation_task(

@@ -46,7 +46,7 @@ def spread_items(
     key: Callable[[Item], bytes],
     count: int,
     parameter: str,
-) -> list[Item]:
+) -> list[tuple[Item, str]]:
     """Make items, spread over the documents, the sources in turn; the first n are the same for every larger count.
 
     Args:
@@ -56,13 +56,16 @@ def spread_items(
         count: Number of items.
         parameter: What that number is called in params.yaml.
 
+    Returns:
+        Each item with the name of its document.
+
     Raises:
         InputError: If the documents do not hold that many.
     """
 
-    def spread(of_source: Sequence[Document]) -> Iterator[Item]:
+    def spread(of_source: Sequence[Document]) -> Iterator[tuple[Item, str]]:
         shuffled = sorted(of_source, key=lambda document: order_key(document.id))
-        queues = [sorted(make_items(document), key=key) for document in shuffled]
+        queues = [[(item, _name(document)) for item in sorted(make_items(document), key=key)] for document in shuffled]
         rounds = max(map(len, queues), default=0)
         # one item of each document, then a second of each, ...
         yield from (queue[turn] for turn in range(rounds) for queue in queues if turn < len(queue))
@@ -74,6 +77,11 @@ def spread_items(
             f"{len(items)}; lower it or use a larger corpus (corpus.source, corpus.max_documents)"
         )
     return items[:count]
+
+
+def _name(document: Document) -> str:
+    """Return a document's name; one source may use another's ids."""
+    return f"{document.source}:{document.id}" if document.source else document.id
 
 
 def order_key(*parts: Any) -> bytes:

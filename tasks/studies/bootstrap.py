@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from nirvana.errors import InputError
 
@@ -20,26 +20,34 @@ class Interval(NamedTuple):
     high: float
 
 
-def paired_bootstrap(a: ArrayLike, b: ArrayLike, samples: int = 10_000, seed: int = 0) -> Interval:
+def paired_bootstrap(
+    a: ArrayLike, b: ArrayLike, samples: int = 10_000, seed: int = 0, groups: Sequence[str] | None = None
+) -> Interval:
     """Return the mean of a − b over items, and its 95 % percentile interval.
 
     Items are drawn with replacement, both models' values of an item together: what makes an item hard for both does
-    not widen the interval. Items count as independent.
+    not widen the interval. Items count as independent unless they are in groups, which are drawn whole.
 
     Args:
         a: One model's value an item: right or wrong, or the loss of a window.
         b: The other's, on the same items in the same order.
-        samples: Resampled sets of as many items.
+        samples: Resampled sets of as many items, or groups.
         seed: Of the draw.
+        groups: What each item belongs to, for example its document; None: each to itself.
 
     Raises:
-        InputError: If the two are not equally many finite values, or there are none.
+        InputError: If the two are not equally many finite values, there are none, or a group is missing.
 
-    Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
+    Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13; of groups, Davison and Hinkley
+    1997, "Bootstrap Methods and their Application", section 3.8.
     """
     values = [np.asarray(each, dtype=np.float64) for each in (a, b)]
     _check(values)
     differences = values[0] - values[1]
+    if groups is not None:
+        sums = resampled_sums(differences[:, None], groups, samples, seed)
+        low, high = np.percentile(sums[:, 0] / sums[:, 1], _TAILS)
+        return Interval(float(differences.mean()), float(low), float(high))
     generator = np.random.default_rng(seed)
     chunk = max(1, _INDICES_AT_ONCE // len(differences))
     means = np.concatenate(
@@ -52,6 +60,31 @@ def paired_bootstrap(a: ArrayLike, b: ArrayLike, samples: int = 10_000, seed: in
     )
     low, high = np.percentile(means, _TAILS)
     return Interval(float(differences.mean()), float(low), float(high))
+
+
+def resampled_sums(values: NDArray[np.float64], groups: Sequence[str], samples: int, seed: int) -> NDArray[np.float64]:
+    """Draw whole groups with replacement, as many as there are, and return what each draw adds up to.
+
+    Args:
+        values: `[items, columns]`.
+        groups: What each item belongs to.
+        samples: Draws.
+        seed: Of the draws.
+
+    Returns:
+        `[samples, columns + 1]`: the sum of each column, and the number of items.
+
+    Raises:
+        InputError: If there are not as many groups as items.
+    """
+    if len(groups) != len(values):
+        raise InputError(f"expected a group an item, got {len(groups)} for {len(values)}; name the group of each")
+    _, member = np.unique(list(groups), return_inverse=True)
+    counted = np.concatenate([values, np.ones((len(values), 1))], axis=1)
+    sums = np.zeros((int(member.max()) + 1, counted.shape[1]))
+    np.add.at(sums, member, counted)
+    drawn = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=samples)
+    return drawn @ sums
 
 
 def _check(values: Sequence[np.ndarray]) -> None:

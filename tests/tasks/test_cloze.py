@@ -22,7 +22,9 @@ def document(name, ending, before=PASSAGE):
 
 
 def test_item_by_hand():
-    assert cloze_items([document("a", "railway.")], 1) == [{"context": PASSAGE.strip(), "target": " railway"}]
+    expected = {"context": PASSAGE.strip(), "target": " railway", "document": "a"}
+    assert cloze_items([document("a", "railway.")], 1) == [expected]
+    assert cloze_items([document("a", "railway.")._replace(source=1)], 1) == [expected | {"document": "1:a"}]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,7 @@ def test_a_space_before_the_stop_is_no_obstacle():
     """As WikiText has it."""
     spaced = PASSAGE.replace(".", " .").replace(",", " ,").strip()
     (item,) = cloze_items([Document("a", f"{spaced} railway .")], 1)
-    assert item == {"context": spaced, "target": " railway"}
+    assert (item["context"], item["target"]) == (spaced, " railway")
 
 
 def test_line_breaks_become_spaces():
@@ -115,7 +117,8 @@ def test_a_blank_stands_where_the_word_is_missing(documents, tmp_path):
     write_cloze_task(documents, 3, tmp_path, blank="<extra_id_0>")
     rows = [json.loads(line) for line in (tmp_path / "cloze.jsonl").read_text().splitlines()]
     assert rows == [
-        {"context": item["context"] + " <extra_id_0>", "target": "<extra_id_0>" + item["target"]} for item in plain
+        item | {"context": item["context"] + " <extra_id_0>", "target": "<extra_id_0>" + item["target"]}
+        for item in plain
     ]
 
 
@@ -142,7 +145,7 @@ def test_lm_eval_finds_and_scores_the_task(documents, tmp_path, monkeypatch):
     assert 0 <= result["results"]["cloze"]["acc,none"] <= 1
     sample = result["samples"]["cloze"][0]
     context, target = sample["arguments"][0]
-    assert {"context": context, "target": target} == sample["doc"]
+    assert (context, target) == (sample["doc"]["context"], sample["doc"]["target"])
     # the score is the log-likelihood of the last word alone, computed here from the logits
     prompt, whole = (tokenizer(text, return_tensors="pt").input_ids for text in (context, context + target))
     with torch.no_grad():

@@ -34,6 +34,7 @@ def test_item_by_hand():
     assert item["context"] == (FAR + NEAR).strip()
     assert set(item["choices"]) == {f" {text}" for text in (ENDING, *RIVALS)}
     assert item["choices"][item["label"]] == f" {ENDING}"
+    assert item["document"] == "a"
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,8 @@ def measure(study: "ZeroShot", sets: Sequence[ItemSet], settings: Settings) -> l
     """Return a row a model and set of items, the dense model's first; what an earlier run answered is not asked again.
 
     Returns:
-        Names of what was asked for; `achieved_ratio`; `answers`, 1 or 0 an item; `seconds` of the run that asked.
+        Names of what was asked for; `achieved_ratio`; `answers`, 1 or 0 an item; `documents` that the items are from;
+        `seconds` of the run that asked.
 
     Raises:
         InputError: If a method or compensation is unknown, or a ratio cannot be reached.
@@ -109,6 +110,7 @@ class ZeroShot(Comparison):
             "compensation": model[2],
             "achieved_ratio": parts[0]["achieved_ratio"],
             "answers": [answer for part in parts for answer in part["answers"]],
+            "documents": [item["document"] for item in of.items],
             "seconds": sum(part["seconds"] for part in parts),
         }
 
@@ -116,7 +118,8 @@ class ZeroShot(Comparison):
         """Digest each block and what the model reads of it: no digest of the model covers its tokenizer."""
         if of.digest not in self._known:
             read = (
-                [[item, *map(self.tokenizer.encode, _texts(item))] for item in each] for each in blocks(of.items, BLOCK)
+                [[_asked(item), *map(self.tokenizer.encode, _texts(item))] for item in each]
+                for each in blocks(of.items, BLOCK)
             )
             self._known[of.digest] = [
                 hashlib.sha256(json.dumps(each, sort_keys=True).encode()).hexdigest() for each in read
@@ -159,6 +162,11 @@ class ZeroShot(Comparison):
             keep: Keep = {} if name == DENSE else self.keep(name, ratio)[0]
             self._made = model, keep, self.updates(keep, compensation)
         return self._made[1], self._made[2]
+
+
+def _asked(item: Any) -> dict[str, Any]:
+    """Return what the model is asked: not where it is from."""
+    return {name: value for name, value in item.items() if name != "document"}
 
 
 def _texts(item: Any) -> list[str]:

@@ -12,12 +12,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from nirvana.files import atomic_file
-from tasks.studies.bootstrap import paired_bootstrap
+from tasks.studies.bootstrap import paired_bootstrap, resampled_sums
 from tasks.studies.comparison import BEST, COMPENSATIONS, DENSE
 from tasks.studies.tracking import Series
 
 Rows = Sequence[Mapping[str, Any]]
 NIRVANA = ("nirvana", "none")
+_LEAST_DOCUMENTS = 8
+"""Of fewer, to draw whole documents says too little of what others would give."""
 ALL = "all"
 """Both kinds of item together."""
 ALL_TEXTS = "all texts"
@@ -45,48 +47,53 @@ class Line:
     ratio: float
     achieved_ratio: float
     items: int
+    documents: int
+    """That the items are from."""
     accuracy: float
     accuracy_low: float
     accuracy_high: float
-    """95 % interval (Wilson)."""
+    """95 % interval (Wilson), as if items were independent."""
     lost: float
     """Accuracy of the dense model less this one's; below 0 is better than dense."""
     lost_low: float
     lost_high: float
-    """95 % paired bootstrap interval over items."""
+    """95 % paired bootstrap interval over documents; over items where there are fewer than eight documents."""
     of_nirvana: float | None
     """`lost` / NIRVANA's at the same ratio; none where NIRVANA's is not surely above 0, or was not measured."""
     of_nirvana_low: float | None
     of_nirvana_high: float | None
-    """95 % bootstrap interval over items; may be infinite."""
+    """95 % bootstrap interval, likewise; may be infinite."""
     seconds_per_item: float
 
 
 def ratio_of_losses(
-    dense: ArrayLike, ours: ArrayLike, theirs: ArrayLike, samples: int = 10_000, seed: int = 0
+    dense: ArrayLike,
+    ours: ArrayLike,
+    theirs: ArrayLike,
+    documents: Sequence[str],
+    samples: int = 10_000,
+    seed: int = 0,
 ) -> Ratio | None:
     """Return mean(dense − ours) / mean(dense − theirs) and its 95 % percentile interval.
 
-    Items are drawn with replacement, an item's three answers together. A draw in which theirs lose nothing has no
+    Documents are drawn with replacement, an item's three answers together. A draw in which theirs lose nothing has no
     finite ratio; it counts as infinite, so that it can widen the interval only.
 
     Args:
         dense: 1 or 0 an item.
         ours: On the same items.
         theirs: On the same items.
-        samples: Resampled sets of as many items.
+        documents: What each item is from.
+        samples: Resampled sets of as many documents.
         seed: Of the draw.
 
     Returns:
         None where the loss of theirs is not surely above 0: its own 95 % interval reaches 0.
     """
-    if paired_bootstrap(dense, theirs).low <= 0:
+    if paired_bootstrap(dense, theirs, groups=documents).low <= 0:
         return None
     both = np.asarray(dense, dtype=np.float64)[:, None] - np.stack([ours, theirs], axis=1)
-    # few pairs of losses differ: how often each is drawn is multinomial, which is to draw items
-    pairs, counts = np.unique(both, axis=0, return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(len(both), counts / len(both), size=samples) @ pairs
-    lost, theirs_lost = drawn[:, 0], drawn[:, 1]
+    lost, theirs_lost, _ = resampled_sums(both, documents, samples, seed).T
     ratios = np.full(samples, np.inf)
     np.divide(lost, theirs_lost, out=ratios, where=theirs_lost > 0)
     # no interpolation: it would make a number of an infinite neighbour
@@ -118,7 +125,7 @@ def lines(rows: Rows) -> list[Line]:
     """
     every = [*rows, *_together(rows)]
     if len({row["text"] for row in rows}) > 1:
-        every += _together([{**row, "text": ALL_TEXTS} for row in rows])
+        every += _together([_among_all(row) for row in rows])
     answers = {(row["text"], row["kind"], *_model(row)): row["answers"] for row in every}
     found = []
     for text, kind in dict.fromkeys((row["text"], row["kind"]) for row in every):
@@ -143,6 +150,7 @@ def _together(rows: Rows) -> list[dict[str, Any]]:
             **members[0],
             "kind": ALL,
             "answers": [answer for row in members for answer in row["answers"]],
+            "documents": [document for row in members for document in row["documents"]],
             "seconds": sum(row["seconds"] for row in members),
         }
         for members in groups.values()
@@ -150,11 +158,19 @@ def _together(rows: Rows) -> list[dict[str, Any]]:
     ]
 
 
+def _among_all(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row as one of all texts, which may call their documents alike."""
+    return {**row, "text": ALL_TEXTS, "documents": [f"{row['text']}: {document}" for document in row["documents"]]}
+
+
 def _line(row: Mapping[str, Any], dense: Sequence[int], nirvana: Sequence[int] | None) -> Line:
-    answers = row["answers"]
+    answers, documents = row["answers"], row["documents"]
+    held = len(set(documents))
+    if held < _LEAST_DOCUMENTS:
+        documents = list(map(str, range(len(answers))))
     low, high = accuracy_interval(answers)
-    lost = paired_bootstrap(dense, answers)
-    share = ratio_of_losses(dense, answers, nirvana) if nirvana is not None else None
+    lost = paired_bootstrap(dense, answers, groups=documents)
+    share = ratio_of_losses(dense, answers, nirvana, documents) if nirvana is not None else None
     return Line(
         text=row["text"],
         kind=row["kind"],
@@ -163,6 +179,7 @@ def _line(row: Mapping[str, Any], dense: Sequence[int], nirvana: Sequence[int] |
         ratio=row["ratio"],
         achieved_ratio=row["achieved_ratio"],
         items=len(answers),
+        documents=held,
         accuracy=float(np.mean(answers)),
         accuracy_low=low,
         accuracy_high=high,
@@ -197,7 +214,10 @@ def tables(found: Sequence[Line]) -> dict[str, list[list[str]]]:
     result: dict[str, list[list[str]]] = {}
     for text, kind in dict.fromkeys((line.text, line.kind) for line in found):
         mine = [line for line in found if (line.text, line.kind) == (text, kind)]
-        title = f"{text}, {kind}: {mine[0].items:,} items; percent right and lost against dense, with 95 % intervals"
+        title = (
+            f"{text}, {kind}: {mine[0].items:,} items of {mine[0].documents:,} documents; percent right and lost "
+            "against dense, with 95 % intervals"
+        )
         heading = ["ratio", "method", "accuracy", "lost", "of nirvana's loss"]
         result[title] = [heading, *map(_shown, mine)]
     return result

@@ -45,6 +45,28 @@ def test_what_makes_an_item_hard_for_both_does_not_widen_it():
     assert 0.9 < low < 1 < high < 1.1
 
 
+def test_groups_are_drawn_whole():
+    """Groups of 1 and 3 items, differences 0 and 1: means 0, 3/4, 1 with probabilities 1/4, 1/2, 1/4."""
+    assert paired_bootstrap([1, 1, 1, 1], [1, 0, 0, 0], groups=["a", "b", "b", "b"]) == (0.75, 0.0, 1.0)
+
+
+def test_groups_of_one_are_items():
+    a, b = np.random.default_rng(4).normal(size=(2, 300))
+    assert paired_bootstrap(a, b, groups=list(map(str, range(300)))) == pytest.approx(paired_bootstrap(a, b), abs=0.01)
+
+
+def test_items_that_agree_within_a_group_count_as_few():
+    values, groups = np.random.default_rng(5).normal(size=40).repeat(25), [str(n // 25) for n in range(1000)]
+    _, low, high = paired_bootstrap(values, np.zeros(1000))
+    _, low_of_groups, high_of_groups = paired_bootstrap(values, np.zeros(1000), groups=groups)
+    assert (high_of_groups - low_of_groups) / (high - low) == pytest.approx(5, rel=0.1)
+
+
+def test_a_missing_group_is_named():
+    with pytest.raises(InputError, match="got 1 for 2"):
+        paired_bootstrap([1, 2], [0, 0], groups=["a"])
+
+
 def test_the_draw_is_the_seeds():
     a, b = np.random.default_rng(3).normal(size=(2, 40))
     assert paired_bootstrap(a, b) == paired_bootstrap(a, b)

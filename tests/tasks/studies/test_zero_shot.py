@@ -56,12 +56,12 @@ def test_ratio_of_losses_by_hand():
     """Theirs lose everything, ours two items of five: the ratio is Binomial(5, 0.4) / 5, whose cumulative
     probabilities are 0.078 at 0, 0.913 at 3 and 0.990 at 4.
     """
-    found = ratio_of_losses([1] * 5, [0, 1, 0, 1, 1], [0] * 5)
+    found = ratio_of_losses([1] * 5, [0, 1, 0, 1, 1], [0] * 5, "abcde")
     assert found == (pytest.approx(0.4), 0, pytest.approx(0.8))
 
 
 def test_what_stays_the_same_has_no_width():
-    assert ratio_of_losses([1, 1, 1], [0.75, 0.75, 0.75], [0.5, 0.5, 0.5]) == (0.5, 0.5, 0.5)
+    assert ratio_of_losses([1, 1, 1], [0.75, 0.75, 0.75], [0.5, 0.5, 0.5], "abb") == (0.5, 0.5, 0.5)
 
 
 def test_ratio_of_losses_equals_every_possible_draw():
@@ -72,7 +72,7 @@ def test_ratio_of_losses_equals_every_possible_draw():
     # no step of the distribution is near either edge: a sample of the draws finds the same
     edges = np.percentile(ratios, (1.9, 2.5, 3.1, 96.9, 97.5, 98.1), method="inverted_cdf")
     assert edges[0] == edges[2] < 0 < edges[3] == edges[5]  # ours answer one that dense does not
-    found = ratio_of_losses(dense, ours, theirs)
+    found = ratio_of_losses(dense, ours, theirs, "abcdef")
     assert found == (pytest.approx(3 / 5), pytest.approx(edges[1]), pytest.approx(edges[4]))
 
 
@@ -80,8 +80,16 @@ def test_ratio_of_losses_equals_every_possible_draw():
 def test_a_loss_that_may_be_none_has_no_ratio(wrong):
     """Of ten items, three wrong: a draw misses all three with probability 0.7^10 = 0.028 > 0.025."""
     theirs = [0] * wrong + [1] * (10 - wrong)
-    assert ratio_of_losses([1] * 10, [0] * 10, theirs) is None
-    assert ratio_of_losses([1] * 10, [0] * 10, [0] * 5 + [1] * 5) is not None
+    assert ratio_of_losses([1] * 10, [0] * 10, theirs, "abcdefghij") is None
+    assert ratio_of_losses([1] * 10, [0] * 10, [0] * 5 + [1] * 5, "abcdefghij") is not None
+
+
+def test_a_document_is_drawn_whole():
+    """Ours lose one document's two items, theirs all six: of 27 draws 8 have no loss of ours and one nothing else."""
+    found = ratio_of_losses([1] * 6, [0, 0, 1, 1, 1, 1], [0] * 6, "aabbcc")
+    assert found == (pytest.approx(1 / 3), 0, 1)
+    by_item = ratio_of_losses([1] * 6, [0, 0, 1, 1, 1, 1], [0] * 6, "abcdef")
+    assert by_item is not None and by_item.high < 1
 
 
 def test_accuracy_interval_by_hand():
@@ -300,6 +308,7 @@ def test_compensated_answers(zero_shot, sets):
 def test_nothing_is_asked_twice(zero_shot, sets, model_directory, monkeypatch):
     asked = count_asked(monkeypatch)
     rows = measure(zero_shot, sets, SETTINGS)
+    assert rows[0]["documents"] == [item["document"] for item in sets[0].items]
     assert asked == 4 * [10, 6, 10, 10, 4] and [len(row["answers"]) for row in rows] == 4 * [16, 24]
     asked.clear()
     again = opened(model_directory)
@@ -357,6 +366,7 @@ def made_row(method, ratio, kind, wrong, compensation="none", count=20, text="co
         "compensation": compensation,
         "achieved_ratio": ratio,
         "answers": [0] * wrong + [1] * (count - wrong),
+        "documents": [f"{kind} {number}" for number in range(count)],
         "seconds": 2.0 * count,
     }
 
@@ -401,7 +411,8 @@ def test_lines_by_hand(tmp_path):
 
 def test_tables_and_sentences():
     found = lines(made_rows())
-    table = tables(found)[f"corpus, {LAST_WORD}: 20 items; percent right and lost against dense, with 95 % intervals"]
+    title = f"corpus, {LAST_WORD}: 20 items of 20 documents; percent right and lost against dense, with 95 % intervals"
+    table = tables(found)[title]
     assert [row[:2] for row in table[1:4]] == [["", "dense"], ["0.2", "fisher + least squares"], ["0.2", "nirvana"]]
     assert table[1][2].startswith("100.0 [") and table[2][3].startswith("25.0 [")
     assert table[2][4].startswith("0.50 [") and table[3][4] == "the measure"
@@ -420,6 +431,24 @@ def test_several_texts_are_judged_together_as_well():
     (line,) = (x for x in found if (x.text, x.method, x.ratio) == (ALL_TEXTS, "fisher", 0.2))
     assert (line.kind, line.items, line.lost, line.of_nirvana) == (ALL, 80, 10 / 80, pytest.approx(10 / 22))
     assert verdict(found)[0].startswith("all texts, ratio 0.2, all: fisher + least squares loses 12.5 points")
+    assert line.documents == 80  # the texts call theirs alike
+
+
+def test_items_of_one_document_tell_less():
+    rows = made_rows()
+    together = [{**row, "documents": [str(number // 2) for number in range(20)]} for row in rows]
+    asked = (LAST_WORD, "fisher", 0.2)
+    (apart,), (near,) = ([x for x in lines(each) if (x.kind, x.method, x.ratio) == asked] for each in (rows, together))
+    assert (near.accuracy, near.lost, near.of_nirvana) == (apart.accuracy, apart.lost, apart.of_nirvana)
+    assert near.lost_low < apart.lost_low < apart.lost_high < near.lost_high
+    assert (near.documents, apart.documents) == (10, 20)
+
+
+def test_of_few_documents_items_are_drawn():
+    """One file of text is one document: drawn whole, it would leave no width."""
+    few = lines([{**row, "documents": ["only"] * 20} for row in made_rows()])
+    for one, apart in zip(few, lines(made_rows()), strict=True):
+        assert one.documents == 1 and (one.lost_low, one.lost_high) == (apart.lost_low, apart.lost_high)
 
 
 def test_series_have_a_child_a_way():
