@@ -83,8 +83,10 @@ def resampled_sums(values: NDArray[np.float64], groups: Sequence[str], samples: 
     counted = np.concatenate([values, np.ones((len(values), 1))], axis=1)
     sums = np.zeros((int(member.max()) + 1, counted.shape[1]))
     np.add.at(sums, member, counted)
-    drawn = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=samples)
-    return drawn @ sums
+    # few sums differ: how often each is drawn is multinomial, which is to draw groups
+    different, counts = np.unique(sums, axis=0, return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(len(sums), counts / len(sums), size=samples)
+    return drawn @ different
 
 
 def _check(values: Sequence[np.ndarray]) -> None:

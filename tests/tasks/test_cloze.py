@@ -69,7 +69,7 @@ def test_a_space_before_the_stop_is_no_obstacle():
     """As WikiText has it."""
     spaced = PASSAGE.replace(".", " .").replace(",", " ,").strip()
     (item,) = cloze_items([Document("a", f"{spaced} railway .")], 1)
-    assert (item["context"], item["target"]) == (spaced, " railway")
+    assert item == {"context": spaced, "target": " railway", "document": "a"}
 
 
 def test_line_breaks_become_spaces():
@@ -145,7 +145,7 @@ def test_lm_eval_finds_and_scores_the_task(documents, tmp_path, monkeypatch):
     assert 0 <= result["results"]["cloze"]["acc,none"] <= 1
     sample = result["samples"]["cloze"][0]
     context, target = sample["arguments"][0]
-    assert (context, target) == (sample["doc"]["context"], sample["doc"]["target"])
+    assert {"context": context, "target": target, "document": sample["doc"]["document"]} == sample["doc"]
     # the score is the log-likelihood of the last word alone, computed here from the logits
     prompt, whole = (tokenizer(text, return_tensors="pt").input_ids for text in (context, context + target))
     with torch.no_grad():
