@@ -29,6 +29,7 @@ from flows.study import (
     PICTURES,
     Asked,
     Subject,
+    fitted_on,
     one_line_errors,
     record,
     run,
@@ -84,7 +85,10 @@ def quantised(asked: Asked, changed: dict[str, Any]) -> Outcome:
         as_table("Weights in few bits, simulated; loss in nats a token", summary.cell_table(lines)),
         as_table("Does the damage add up? Loss above the dense model", summary.sum_table(sums)),
     ]
-    notes = ["*  no other has as little perplexity in as few bytes", summary.LEGEND]
+    notes = [
+        "*  no other has as little perplexity in as few bytes; what is not in few bits counts as it is stored",
+        f"{summary.LEGEND}; {fitted_on(on.texts, asked)}",
+    ]
     return Outcome(tables, conclusion, files, run_id, notes)
 
 

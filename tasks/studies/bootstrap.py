@@ -21,7 +21,12 @@ class Interval(NamedTuple):
 
 
 def paired_bootstrap(
-    a: ArrayLike, b: ArrayLike, samples: int = 10_000, seed: int = 0, groups: Sequence[str] | None = None
+    a: ArrayLike,
+    b: ArrayLike,
+    samples: int = 10_000,
+    seed: int = 0,
+    groups: Sequence[str] | None = None,
+    strata: Sequence[str] | None = None,
 ) -> Interval:
     """Return the mean of a − b over items, and its 95 % percentile interval.
 
@@ -34,6 +39,7 @@ def paired_bootstrap(
         samples: Resampled sets of as many items, or groups.
         seed: Of the draw.
         groups: What each item belongs to, for example its document; None: each to itself.
+        strata: As in `resampled_sums`; of groups only.
 
     Raises:
         InputError: If the two are not equally many finite values, there are none, or a group is missing.
@@ -45,7 +51,7 @@ def paired_bootstrap(
     _check(values)
     differences = values[0] - values[1]
     if groups is not None:
-        sums = resampled_sums(differences[:, None], groups, samples, seed)
+        sums = resampled_sums(differences[:, None], groups, samples, seed, strata)
         low, high = np.percentile(sums[:, 0] / sums[:, 1], _TAILS)
         return Interval(float(differences.mean()), float(low), float(high))
     generator = np.random.default_rng(seed)
@@ -62,7 +68,13 @@ def paired_bootstrap(
     return Interval(float(differences.mean()), float(low), float(high))
 
 
-def resampled_sums(values: NDArray[np.float64], groups: Sequence[str], samples: int, seed: int) -> NDArray[np.float64]:
+def resampled_sums(
+    values: NDArray[np.float64],
+    groups: Sequence[str],
+    samples: int,
+    seed: int,
+    strata: Sequence[str] | None = None,
+) -> NDArray[np.float64]:
     """Draw whole groups with replacement, as many as there are, and return what each draw adds up to.
 
     Args:
@@ -70,23 +82,34 @@ def resampled_sums(values: NDArray[np.float64], groups: Sequence[str], samples: 
         groups: What each item belongs to.
         samples: Draws.
         seed: Of the draws.
+        strata: What each item's group was chosen from, for example its text: from each, as many groups are drawn as
+            it has. None: from all alike. Groups of different strata are different.
 
     Returns:
         `[samples, columns + 1]`: the sum of each column, and the number of items.
 
     Raises:
-        InputError: If there are not as many groups as items.
+        InputError: If there are not as many groups, or strata, as items.
     """
     if len(groups) != len(values):
         raise InputError(f"expected a group an item, got {len(groups)} for {len(values)}; name the group of each")
-    _, member = np.unique(list(groups), return_inverse=True)
+    if strata is not None and len(strata) != len(values):
+        raise InputError(f"expected a stratum an item, got {len(strata)} for {len(values)}; name the stratum of each")
     counted = np.concatenate([values, np.ones((len(values), 1))], axis=1)
-    sums = np.zeros((int(member.max()) + 1, counted.shape[1]))
-    np.add.at(sums, member, counted)
-    # few sums differ: how often each is drawn is multinomial, which is to draw groups
-    different, counts = np.unique(sums, axis=0, return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(len(sums), counts / len(sums), size=samples)
-    return drawn @ different
+    generator, of_item = np.random.default_rng(seed), np.asarray(list(groups))
+    within = (
+        np.zeros(len(values), dtype=np.int64) if strata is None else np.unique(list(strata), return_inverse=True)[1]
+    )
+    total = np.zeros((samples, counted.shape[1]))
+    for stratum in range(int(within.max()) + 1):
+        mine = within == stratum
+        _, member = np.unique(of_item[mine], return_inverse=True)
+        sums = np.zeros((int(member.max()) + 1, counted.shape[1]))
+        np.add.at(sums, member, counted[mine])
+        # few sums differ: how often each is drawn is multinomial, which is to draw groups
+        different, counts = np.unique(sums, axis=0, return_counts=True)
+        total += generator.multinomial(len(sums), counts / len(sums), size=samples) @ different
+    return total
 
 
 def _check(values: Sequence[np.ndarray]) -> None:

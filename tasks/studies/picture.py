@@ -25,6 +25,7 @@ METHOD_LOOKS: dict[str, dict[str, Any]] = {
     "lm_loss": {"color": "#8a5a3c", "marker": "X"},
     "magnitude": {"color": "#6b6f75", "marker": "<"},
     "random": {"color": "#6b6f75", "marker": ">"},
+    "dense": {"color": PALETTE["ink"], "marker": "*"},
 }
 OTHER_LOOK: dict[str, Any] = {"color": PALETTE["muted"], "marker": "d"}
 """Of a method that is not among `METHOD_LOOKS`."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nirvana.architectures.registry import read_config
 from nirvana.errors import InputError
 from nirvana.files import read_json
 from nirvana.perplexity import windows_from_documents
@@ -16,10 +17,9 @@ from nirvana.weights import model_digest
 from tasks.documents import Document, expand, read_documents, read_files
 from tasks.generate_text import interleaved, writable_tokens, written_by
 from tasks.model_directory import load_tokenizer
-from tasks.sample_pool import Encoder, draw_candidates, draw_compensation, split_documents
+from tasks.sample_pool import Encoder, draw_candidates, draw_compensation, draw_heldout, split_documents
 from tasks.studies.comparison import Text, Texts
 from tasks.studies.store import cached
-from tasks.token_files import read_ids
 
 if TYPE_CHECKING:
     from tasks.params import Params
@@ -147,24 +147,25 @@ def read_text(path: Path, option: str) -> list[Document]:
 def texts_of_pipeline(
     params: "Params", model: Path, files: Mapping[str, Path], tokens: int, compensation_sequences: int
 ) -> Texts:
-    """Take what the pipeline drew.
+    """Take the pipeline's text, drawn as the pipeline draws it; not its token ids, which may be another model's.
 
     Args:
-        params: How it drew.
+        params: How the pipeline draws.
         model: The dense model, whose tokenizer reads documents.
-        files: `heldout`, `evaluation` and `corpus`: outputs of sample_pool and of fetch_corpus.
+        files: `evaluation` and `corpus`: outputs of sample_pool and of fetch_corpus.
         tokens: Evaluation tokens, BOS included; rounded up to windows of `WINDOW`.
         compensation_sequences: Drawn as the pipeline draws its own.
 
     Raises:
-        InputError: If a file is missing or the corpus is too small.
+        InputError: If a file is missing, the corpus is too small, or the model is no decoder alone.
     """
-    heldout = _one(read_ids(files["heldout"]), files["heldout"])
+    if read_config(model).is_encoder_decoder:
+        raise InputError(f"{model}: expected a decoder-only model, got an encoder-decoder; choose another")
     documents = read_documents(files["evaluation"] / "documents.jsonl")
     encoder = Encoder.of_model(model, params.calibration.add_bos)
     bos = encoder.tokenizer.bos_token_id is not None
     texts = (document.text for document in documents)
-    calibrated, fitted = _drawn(params, files, encoder, compensation_sequences)
+    calibrated, fitted, heldout = _drawn(params, files, encoder, compensation_sequences)
     return Texts(
         Text(calibrated[:CALIBRATION_SEQUENCES].clone()),
         Text(fitted),
@@ -173,20 +174,14 @@ def texts_of_pipeline(
     )
 
 
-def _one(streams: tuple[Tensor, ...], file: Path) -> Tensor:
-    if len(streams) != 1:
-        raise InputError(
-            f"{file}: expected token ids of a decoder-only model, got an encoder-decoder's; choose another"
-        )
-    return streams[0]
-
-
-def _drawn(params: "Params", files: Mapping[str, Path], encoder: Encoder, sequences: int) -> tuple[Tensor, Tensor]:
-    """Draw the pipeline's candidates and its text for compensation, none of it made to repeat itself.
+def _drawn(params: "Params", files: Mapping[str, Path], encoder: Encoder, sequences: int) -> tuple[Tensor, ...]:
+    """Draw the pipeline's candidates, its text for compensation and the held-out batch, none made to repeat itself.
 
     Rivals are calibrated on what was written, whatever `calibration.repeated` asks for.
     """
-    documents = split_documents(read_documents(files["corpus"] / "documents.jsonl"))["calibration"]
-    pool = draw_candidates(params.calibration, documents, encoder)
-    fitted = draw_compensation(params, documents, encoder, sequences, "--compensation-sequences")
-    return torch.from_numpy(pool.input_ids).flatten(0, 1), torch.from_numpy(fitted.input_ids[0])
+    splits = split_documents(read_documents(files["corpus"] / "documents.jsonl"))
+    pool = draw_candidates(params.calibration, splits["calibration"], encoder)
+    fitted = draw_compensation(params, splits["calibration"], encoder, sequences, "--compensation-sequences")
+    heldout = draw_heldout(params.calibration, splits["heldout"], encoder)
+    drawn = (pool.input_ids.reshape(-1, pool.input_ids.shape[-1]), fitted.input_ids[0], heldout.input_ids[0])
+    return tuple(map(torch.from_numpy, drawn))

@@ -38,10 +38,10 @@ def _figure(dense: Dense, lines: Sequence[Line], reference: tuple[str, str]) -> 
     height = _TOP + _PANEL + 78
     figure = new_canvas(WIDTH, height)
     muted: dict[str, Any] = {"color": PALETTE["muted"], "fontsize": 11}
-    write_text(figure, _MARGIN, 24, f"Learning curves at ratio {lines[0].ratio:g}", weight="bold")
+    ours = next(line for line in lines if is_reference(line, reference))
+    write_text(figure, _MARGIN, 24, f"Learning curves at ratio {ours.ratio:g}", weight="bold")
     write_text(figure, _MARGIN, 42, "held-out loss, nats a token; lower is better", **muted)
     _curves(add_axes(figure, _MARGIN + _AXIS, _TOP, WIDTH - _FIRST + _ROOM, _PANEL), dense, lines, reference)
-    ours = next(line for line in lines if is_reference(line, reference))
     write_text(figure, _FIRST, 24, f"Behind {called(ours)}, before and after", weight="bold")
     write_text(figure, _FIRST, 42, "loss above it on the evaluation text, nats a token; 95 % over windows", **muted)
     others = sorted((line for line in lines if line is not ours), key=lambda line: line.above_after.difference)

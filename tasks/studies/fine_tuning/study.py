@@ -1,11 +1,14 @@
 """Does a pruned model still learn? Every method's, fine-tuned alike: same adapters, same tokens in the same order.
 
+The dense model is trained as well: what it gains is the text's, and not what a pruned one gets back.
+
 Each model is written as a checkpoint, low-rank adapters are trained on the text's own likelihood (nothing is distilled:
 the dense model would teach what methods differ in), merged, and judged window by window as before.
 
 FLAP's bias is a parameter that Llama's configuration can have; other families' checkpoints have no place for it.
 """
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -39,6 +42,7 @@ from tasks.sample_pool import Encoder, split_documents
 from tasks.studies.comparison import (
     BEST,
     COMPENSATIONS,
+    DENSE,
     ROUND_TO,
     Comparison,
     Compensation,
@@ -55,18 +59,19 @@ if TYPE_CHECKING:
 
 STUDY = "fine_tuning"
 TOKENS = 24 * 8 * 128
-"""24 steps of the pipeline's batch: half an hour to an hour for seven models on two cores."""
+"""24 steps of the pipeline's batch: an hour for eight models on two cores."""
 _POINTS = 8
-"""Of a learning curve, after its first; a killed run repeats no more than what lies between two."""
+"""Of a learning curve at most, after its first; a killed run repeats no more than what lies between two."""
 Way = tuple[str, Compensation]
 """Method and compensation."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Which models are asked for."""
+    """Which models are asked for; `dense` is the one that is not pruned."""
 
     ways: tuple[Way, ...] = (
+        (DENSE, "none"),
         ("nirvana", "none"),
         ("nirvana", "least_squares"),
         BEST,  # type: ignore[assignment]
@@ -82,7 +87,8 @@ class Settings:
     @property
     def reference(self) -> Way:
         """What the others are compared with: ours if it takes part, else the first."""
-        return next((way for way in self.ways if way == BEST), self.ways[0])
+        pruned = [way for way in self.ways if way[0] != DENSE]
+        return next((way for way in pruned if way == BEST), pruned[0])
 
 
 def recipe_of(recovery: "Recovery", tokens: int) -> Recipe:
@@ -99,7 +105,7 @@ def recipe_of(recovery: "Recovery", tokens: int) -> Recipe:
             f"--training-tokens: expected {recipe.tokens_a_step} or more, one batch of recovery.batch sequences of "
             f"recovery.sequence_length tokens, got {tokens}; ask for more"
         )
-    every = max(1, recipe.steps // _POINTS) * recipe.tokens_a_step
+    every = math.ceil(recipe.steps / _POINTS) * recipe.tokens_a_step
     return Recipe(**values | {"curve_every": every})
 
 
@@ -107,16 +113,19 @@ def check(settings: Settings) -> None:
     """Refuse what cannot be asked for.
 
     Raises:
-        InputError: If a method is unknown or has no checkpoint, or the ratio is not between 0 and 1.
+        InputError: If a method is unknown or has no checkpoint, none prunes, or the ratio is not between 0 and 1.
     """
     for name, compensation in settings.ways:
-        if name != SHORTGPT:
+        whole = name in (DENSE, SHORTGPT)  # no units leave
+        if not whole:
             method_named(name)
-        allowed = ("none",) if name == SHORTGPT else COMPENSATIONS
+        allowed = ("none",) if whole else COMPENSATIONS
         if compensation not in allowed:
             raise InputError(
                 f"{name}: expected compensation {' or '.join(allowed)}, got {compensation}; choose one of them"
             )
+    if all(name == DENSE for name, _ in settings.ways):
+        raise InputError("--methods: expected a method that prunes, got none; name one, such as nirvana")
     if not 0 < settings.ratio < 1:
         raise InputError(f"ratio: expected a number between 0 and 1, got {settings.ratio:g}; choose e.g. 0.4")
 
@@ -151,7 +160,7 @@ def measure(study: "FineTuning", settings: Settings) -> list[Row]:
     with tqdm(settings.ways, desc="fine-tuning", unit="model") as bar:
         for name, compensation in bar:
             bar.set_postfix_str(name)
-            rows.append(study.tuned(name, settings.ratio, compensation))
+            rows.append(study.tuned(name, 0.0 if name == DENSE else settings.ratio, compensation))
     return rows
 
 
@@ -175,7 +184,7 @@ class FineTuning(Comparison):
         """Return what training makes of a method's pruned model, computed now unless it is known.
 
         Args:
-            name: A method of units, or `shortgpt`.
+            name: A method of units, `shortgpt`, or `dense`.
             ratio: Share of the block weights that leaves.
             compensation: `none`, `bias` (Llama's configuration only) or `least_squares`.
 
@@ -184,7 +193,7 @@ class FineTuning(Comparison):
             `nirvana.recovery.CurvePoint` at each point, on the held-out text; `dense_heldout_loss` there; `before`
             and `after`, one mean loss a window of the evaluation text; `seconds_a_step`, the median.
         """
-        method = {} if name == SHORTGPT else asdict(method_named(name))
+        method = {} if name in (DENSE, SHORTGPT) else asdict(method_named(name))
         how = {key: value for key, value in method.items() if key not in ("scorer", "source")}
         key = self.key(name, ratio, compensation, 0, how | {"round_to": self.round_to})
         key |= {"study": STUDY, "kind": "fine-tuned", "recipe": asdict(self.recipe)}
@@ -196,8 +205,9 @@ class FineTuning(Comparison):
 
     def _tuned(self, name: str, ratio: float, compensation: Compensation, states: Path) -> Row:
         with scratch_directory(STUDIES / STUDY / name) as directory:
-            checkpoint, merged = directory / "checkpoint", directory / "merged"
-            achieved = self._write(checkpoint, name, ratio, compensation)
+            merged = directory / "merged"
+            checkpoint = self.model_directory if name == DENSE else directory / "checkpoint"
+            achieved = 0.0 if name == DENSE else self._write(checkpoint, name, ratio, compensation)
             before = self._losses(checkpoint)
             # the same bytes only from the same checkpoint with as many threads
             state = {"pruned": model_digest(checkpoint), "threads": torch.get_num_threads()}

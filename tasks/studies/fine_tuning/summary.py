@@ -18,7 +18,7 @@ _COLUMNS = ("tokens", "training_loss", "heldout_loss")
 
 @dataclass(frozen=True)
 class Line:
-    """One method's model before and after training; losses in nats a token of the evaluation text."""
+    """A method's model or the dense one, before and after training; losses in nats a token of the evaluation text."""
 
     method: str
     compensation: str
@@ -89,7 +89,9 @@ def _mean(losses: Sequence[float]) -> float:
 
 
 def called(line: Line) -> str:
-    """Return what a model is called: `NIRVANA`, `mask Fisher + LS`."""
+    """Return what a model is called: `NIRVANA`, `mask Fisher + LS`, `fine-tuned dense`."""
+    if line.method == DENSE:
+        return f"fine-tuned {DENSE}"
     name = titled(line.method)
     return name + {"none": "", "bias": " + bias", "least_squares": " + LS"}[line.compensation]
 
@@ -122,18 +124,22 @@ def _written(interval: Interval) -> str:
 def verdict(dense: Dense, lines: Sequence[Line], reference: tuple[str, str]) -> list[str]:
     """Say whether the models learn, and whether the reference's lead outlasts training."""
     ours = next(line for line in lines if is_reference(line, reference))
-    others = [line for line in lines if line is not ours]
+    others = [line for line in lines if line is not ours and line.method != DENSE]
     start = f"Ratio {ours.ratio:g}, {ours.tokens:,} tokens: {called(ours)} goes from loss {ours.before:.3f} to "
     start += f"{ours.after:.3f} (dense {dense.evaluation:.3f})"
     if others:
         standings = [_standing(others, [getattr(x, when) for x in others]) for when in ("above_before", "above_after")]
         start += f"; before training it is {standings[0]}; after training {standings[1]}"
-    learners = [line for line in lines if line.gain.low > 0]
-    most, least = (pick(lines, key=lambda line: line.gain.difference) for pick in (max, min))
-    learned = f"Surely learn (95 %): {len(learners)} of {len(lines)} models"
-    if len(lines) > 1:
+    pruned = [line for line in lines if line.method != DENSE]
+    learners = [line for line in pruned if line.gain.low > 0]
+    most, least = (pick(pruned, key=lambda line: line.gain.difference) for pick in (max, min))
+    learned = f"Surely learn (95 %): {len(learners)} of {len(pruned)} pruned models"
+    if len(pruned) > 1:
         learned += f"; {called(most)} gains most ({most.gain.difference:+.3f} nats a token)"
         learned += f", {called(least)} least ({least.gain.difference:+.3f})"
+    learned += "".join(
+        f"; the dense model {line.gain.difference:+.3f} by the same training" for line in lines if line.method == DENSE
+    )
     return [f"{start}.", f"{learned}.", "Intervals are over windows, of one training run each."]
 
 

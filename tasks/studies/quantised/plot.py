@@ -43,7 +43,7 @@ def _figure(lines: Sequence[Cell], sums: Sequence[Sum]) -> Figure:
     height = _TOP + _PANEL + 78
     figure = new_canvas(WIDTH, height)
     write_text(figure, _MARGIN, 24, "What so many bytes buy", weight="bold")
-    measure = "token perplexity against bytes of all parameters, both log scale"
+    measure = "token perplexity against bytes of all parameters (others as stored), log scales"
     write_text(figure, _MARGIN, 42, measure, color=PALETTE["muted"], fontsize=11)
     _bytes_panel(add_axes(figure, _MARGIN + _AXIS, _TOP, WIDTH - _FIRST + _ROOM, _PANEL), lines)
     write_text(figure, _FIRST, 24, "Does the damage add up?", weight="bold")

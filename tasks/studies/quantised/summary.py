@@ -176,10 +176,10 @@ def verdict(lines: Sequence[Cell], found: Sequence[Sum]) -> list[str]:
         worse, milder = [line for line in mine if line.low > 0], [line for line in mine if line.high < 0]
         alone = mine[0].of_quantising
         sentence = (
-            f"{precision} costs the dense model {alone:+.3f} nats a token; on top of pruning the damages add up "
-            f"within the noise (95 %) in {len(mine) - len(worse) - len(milder)} of {len(mine)} models"
+            f"{precision} costs the dense model {alone:+.3f} nats a token; with pruning, the damage of both is "
+            f"not surely apart (95 %) from their sum in {len(mine) - len(worse) - len(milder)} of {len(mine)} models"
         )
-        sentence += f", are surely more than their sum in {_listed(worse)}" if worse else ""
+        sentence += f", surely more in {_listed(worse)}" if worse else ""
         sentence += f", surely less in {_listed(milder)}" if milder else ""
         sentences.append(f"{sentence}.")
     front = sorted((line for line in lines if line.on_front), key=lambda line: -line.bytes)

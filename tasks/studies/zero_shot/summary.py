@@ -25,6 +25,8 @@ ALL = "all"
 ALL_TEXTS = "all texts"
 """Every text's items of both kinds together."""
 UNDEFINED = "undefined"
+HALF = 0.5
+"""Of NIRVANA's loss, what ours aim to lose at most."""
 _NORMAL = 1.959964  # of 95 %, two-sided
 
 
@@ -57,12 +59,14 @@ class Line:
     """Accuracy of the dense model less this one's; below 0 is better than dense."""
     lost_low: float
     lost_high: float
-    """95 % paired bootstrap interval over documents; over items where there are fewer than eight documents."""
+    """95 % paired bootstrap interval over documents; over items of a text that has fewer than eight documents."""
     of_nirvana: float | None
     """`lost` / NIRVANA's at the same ratio; none where NIRVANA's is not surely above 0, or was not measured."""
     of_nirvana_low: float | None
     of_nirvana_high: float | None
     """95 % bootstrap interval, likewise; may be infinite."""
+    drawn: str
+    """What intervals of losses draw with replacement: documents, items, or of some texts these and of others those."""
     seconds_per_item: float
 
 
@@ -71,6 +75,7 @@ def ratio_of_losses(
     ours: ArrayLike,
     theirs: ArrayLike,
     documents: Sequence[str],
+    texts: Sequence[str] | None = None,
     samples: int = 10_000,
     seed: int = 0,
 ) -> Ratio | None:
@@ -84,16 +89,17 @@ def ratio_of_losses(
         ours: On the same items.
         theirs: On the same items.
         documents: What each item is from.
+        texts: What each document is from: of each text, as many documents are drawn as it has. None: of one.
         samples: Resampled sets of as many documents.
         seed: Of the draw.
 
     Returns:
         None where the loss of theirs is not surely above 0: its own 95 % interval reaches 0.
     """
-    if paired_bootstrap(dense, theirs, groups=documents).low <= 0:
+    if paired_bootstrap(dense, theirs, groups=documents, strata=texts).low <= 0:
         return None
     both = np.asarray(dense, dtype=np.float64)[:, None] - np.stack([ours, theirs], axis=1)
-    lost, theirs_lost, _ = resampled_sums(both, documents, samples, seed).T
+    lost, theirs_lost, _ = resampled_sums(both, documents, samples, seed, texts).T
     ratios = np.full(samples, np.inf)
     np.divide(lost, theirs_lost, out=ratios, where=theirs_lost > 0)
     # no interpolation: it would make a number of an infinite neighbour
@@ -123,9 +129,10 @@ def lines(rows: Rows) -> list[Line]:
     Returns:
         By text and kind; the dense model first, then by ratio, the most accurate first.
     """
-    every = [*rows, *_together(rows)]
+    of_text = [{**row, "texts": [row["text"]] * len(row["answers"])} for row in rows]
+    every = [*of_text, *_together(of_text)]
     if len({row["text"] for row in rows}) > 1:
-        every += _together([_among_all(row) for row in rows])
+        every += _together([{**row, "text": ALL_TEXTS} for row in of_text])
     answers = {(row["text"], row["kind"], *_model(row)): row["answers"] for row in every}
     found = []
     for text, kind in dict.fromkeys((row["text"], row["kind"]) for row in every):
@@ -149,8 +156,7 @@ def _together(rows: Rows) -> list[dict[str, Any]]:
         {
             **members[0],
             "kind": ALL,
-            "answers": [answer for row in members for answer in row["answers"]],
-            "documents": [document for row in members for document in row["documents"]],
+            **{name: [each for row in members for each in row[name]] for name in ("answers", "documents", "texts")},
             "seconds": sum(row["seconds"] for row in members),
         }
         for members in groups.values()
@@ -158,19 +164,28 @@ def _together(rows: Rows) -> list[dict[str, Any]]:
     ]
 
 
-def _among_all(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the row as one of all texts, which may call their documents alike."""
-    return {**row, "text": ALL_TEXTS, "documents": [f"{row['text']}: {document}" for document in row["documents"]]}
+def _units(documents: Sequence[str], texts: Sequence[str]) -> tuple[list[str], str]:
+    """Return what of each item is drawn, its document or itself, and what that is called.
+
+    Each text decides for itself, and two may call their documents alike.
+    """
+    of_text: dict[str, set[str]] = {}
+    for document, text in zip(documents, texts, strict=True):
+        of_text.setdefault(text, set()).add(document)
+    whole = {text for text, held in of_text.items() if len(held) >= _LEAST_DOCUMENTS}
+    units = [
+        document if text in whole else f"item {number}"
+        for number, (document, text) in enumerate(zip(documents, texts, strict=True))
+    ]
+    return units, "documents" if len(whole) == len(of_text) else "documents or items" if whole else "items"
 
 
 def _line(row: Mapping[str, Any], dense: Sequence[int], nirvana: Sequence[int] | None) -> Line:
-    answers, documents = row["answers"], row["documents"]
-    held = len(set(documents))
-    if held < _LEAST_DOCUMENTS:
-        documents = list(map(str, range(len(answers))))
+    answers, texts = row["answers"], row["texts"]
+    units, drawn = _units(row["documents"], texts)
     low, high = accuracy_interval(answers)
-    lost = paired_bootstrap(dense, answers, groups=documents)
-    share = ratio_of_losses(dense, answers, nirvana, documents) if nirvana is not None else None
+    lost = paired_bootstrap(dense, answers, groups=units, strata=texts)
+    share = ratio_of_losses(dense, answers, nirvana, units, texts) if nirvana is not None else None
     return Line(
         text=row["text"],
         kind=row["kind"],
@@ -179,7 +194,7 @@ def _line(row: Mapping[str, Any], dense: Sequence[int], nirvana: Sequence[int] |
         ratio=row["ratio"],
         achieved_ratio=row["achieved_ratio"],
         items=len(answers),
-        documents=held,
+        documents=len(set(zip(row["documents"], texts, strict=True))),
         accuracy=float(np.mean(answers)),
         accuracy_low=low,
         accuracy_high=high,
@@ -189,6 +204,7 @@ def _line(row: Mapping[str, Any], dense: Sequence[int], nirvana: Sequence[int] |
         of_nirvana=share.value if share else None,
         of_nirvana_low=share.low if share else None,
         of_nirvana_high=share.high if share else None,
+        drawn=drawn,
         seconds_per_item=row["seconds"] / len(answers),
     )
 
@@ -216,7 +232,7 @@ def tables(found: Sequence[Line]) -> dict[str, list[list[str]]]:
         mine = [line for line in found if (line.text, line.kind) == (text, kind)]
         title = (
             f"{text}, {kind}: {mine[0].items:,} items of {mine[0].documents:,} documents; percent right and lost "
-            "against dense, with 95 % intervals"
+            f"against dense, with 95 % intervals (of losses: {mine[0].drawn} drawn)"
         )
         heading = ["ratio", "method", "accuracy", "lost", "of nirvana's loss"]
         result[title] = [heading, *map(_shown, mine)]
@@ -246,6 +262,14 @@ def _share(line: Line) -> str:
     return f"{line.of_nirvana:.2f} [{line.of_nirvana_low:.2f}, {high}]"
 
 
+def _against_half(ours: Line) -> str:
+    """Say whether the interval leaves a doubt that ours lose at most half."""
+    assert ours.of_nirvana_low is not None and ours.of_nirvana_high is not None
+    if ours.of_nirvana_high <= HALF:
+        return "surely at most half"
+    return "surely more than half" if ours.of_nirvana_low > HALF else "not surely apart from half"
+
+
 def verdict(found: Sequence[Line], best: tuple[str, str] = BEST) -> list[str]:
     """Say of each text, ratio and kind of item what share of NIRVANA's loss is left: one sentence each."""
     sentences = []
@@ -263,8 +287,7 @@ def verdict(found: Sequence[Line], best: tuple[str, str] = BEST) -> list[str]:
         if ours.of_nirvana is None or ours.of_nirvana_high is None:
             sentences.append(f"{sentence}; their ratio is undefined, for the latter is not surely above 0.")
         else:
-            surely = ", surely below 1" if ours.of_nirvana_high < 1 else ""
-            sentences.append(f"{sentence}; their ratio is {_share(ours)}{surely}.")
+            sentences.append(f"{sentence}; their ratio is {_share(ours)}, {_against_half(ours)}.")
     both = f"{called(*NIRVANA)} and {called(*best)}"
     return sentences or [f"No ratio of losses: it takes {both} among the methods."]
 

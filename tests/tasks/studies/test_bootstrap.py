@@ -67,6 +67,21 @@ def test_a_missing_group_is_named():
         paired_bootstrap([1, 2], [0, 0], groups=["a"])
 
 
+def test_of_each_stratum_as_many_groups_are_drawn_as_it_has():
+    """What differs between strata only has no width; a stratum of one group has none of its own."""
+    values, nothing = [1, 1, 0, 0], [0, 0, 0, 0]
+    assert paired_bootstrap(values, nothing, groups="abcd", strata="xxyy") == (0.5, 0.5, 0.5)
+    assert paired_bootstrap(values, nothing, groups="abcd").low < 0.5
+    # groups of the same name in two strata are two; of (3, 0) and (1, 1) only the first stratum's draw varies
+    found = paired_bootstrap([3, 0, 1, 1], nothing, groups="abab", strata="xxyy")
+    assert found == (1.25, 0.5, 2.0)
+
+
+def test_a_missing_stratum_is_named():
+    with pytest.raises(InputError, match="a stratum an item, got 1 for 2"):
+        paired_bootstrap([1, 2], [0, 0], groups=["a", "b"], strata=["x"])
+
+
 def test_the_draw_is_the_seeds():
     a, b = np.random.default_rng(3).normal(size=(2, 40))
     assert paired_bootstrap(a, b) == paired_bootstrap(a, b)

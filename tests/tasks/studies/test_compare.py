@@ -2,15 +2,16 @@
 
 import csv
 import itertools
+import json
 import math
+import shutil
 from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
-from tiny import random_ids, save_family, tiny_corpus, tiny_llama
+from tiny import random_ids, save_family, tiny_corpus, tiny_llama, tiny_t5
 from torch import nn
 
 from benchmarks import quality
@@ -317,18 +318,22 @@ def test_too_few_ids_are_refused(tmp_path):
         texts_of_ids(tmp_path, tokens=40)
 
 
-def test_texts_of_the_pipeline(model_directory, tmp_path):
-    speeches = sorted(tiny_corpus(tmp_path / "speeches").iterdir())
+def pipeline_of(directory):
+    """Write a corpus as the pipeline has it; return its splits, its files and what is asked of a draw."""
+    speeches = sorted(tiny_corpus(directory / "speeches").iterdir())
     documents = [Document(file.name, file.read_text()) for file in speeches]
     splits = sample_pool.split_documents(documents)
-    for directory, part in (("corpus", documents), ("evaluation", splits["evaluation"])):
-        (tmp_path / directory).mkdir()
-        write_documents(tmp_path / directory / "documents.jsonl", part)
-    files = {"heldout": tmp_path / "heldout.safetensors"}
-    files |= {name: tmp_path / name for name in ("corpus", "evaluation")}
-    save_file({"input_ids": random_ids(8, 16, 1).numpy()}, files["heldout"])
+    files = {name: directory / name for name in ("corpus", "evaluation")}
+    for file, part in zip(files.values(), (documents, splits["evaluation"]), strict=True):
+        file.mkdir()
+        write_documents(file / "documents.jsonl", part)
     asked = SimpleNamespace(add_bos=False, seed=0, pool_size=5, sequences=8, sequence_length=16, repeated=1.0)
-    params = SimpleNamespace(calibration=asked, compensation=SimpleNamespace(sequence_length=16))
+    asked.heldout_sequences, asked.heldout_length = 3, 16
+    return splits, files, SimpleNamespace(calibration=asked, compensation=SimpleNamespace(sequence_length=16))
+
+
+def test_texts_of_the_pipeline(model_directory, tmp_path):
+    splits, files, params = pipeline_of(tmp_path)
     found = texts_of_pipeline(params, model_directory, files, tokens=300, compensation_sequences=5)
     names = ("pool_size", "sequences", "sequence_length")
     encoder = sample_pool.Encoder.of_model(model_directory, add_bos=False)
@@ -336,6 +341,8 @@ def test_texts_of_the_pipeline(model_directory, tmp_path):
     pool = sample_pool.draw(splits["calibration"], encoder, **size)
     # as it was written, whatever the pipeline makes of it
     assert torch.equal(found.calibration.ids, torch.from_numpy(pool.input_ids).flatten(0, 1)[:32])
+    heldout = sample_pool.draw_heldout(params.calibration, splits["heldout"], encoder)
+    assert torch.equal(found.heldout.ids, torch.from_numpy(heldout.input_ids[0]))
     assert found.evaluation.ids.shape == (3, 128) and (found.evaluation.ids[:, 0] == 0).all()  # BOS
     read = {d.id: encoder(d).tolist() for d in read_documents(files["corpus"] / "documents.jsonl")}
     windows = [str(row.tolist())[1:-1] for row in found.compensation.ids]
@@ -343,6 +350,26 @@ def test_texts_of_the_pipeline(model_directory, tmp_path):
     assert len(owners) == 5
     allowed = {document.id for document in splits["calibration"]}
     assert all(allowed & set(each) for each in owners)
+
+
+def test_another_model_reads_every_text_by_its_own_tokenizer(model_directory, tmp_path):
+    """Its vocabulary is the other way round, so no token id means the same."""
+    _, files, params = pipeline_of(tmp_path)
+    other = shutil.copytree(model_directory, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    ids = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {text: 513 - id if id > 1 else id for text, id in ids.items()}
+    write_json(other / "tokenizer.json", tokenizer)
+    first, second = (texts_of_pipeline(params, each, files, 300, 5) for each in (model_directory, other))
+    for each in fields(first):
+        of_first, of_second = (getattr(texts, each.name).ids for texts in (first, second))
+        assert torch.equal(torch.where(of_first > 1, 513 - of_first, of_first), of_second)
+
+
+def test_a_model_with_an_encoder_has_no_texts(tmp_path):
+    _, files, params = pipeline_of(tmp_path)
+    with pytest.raises(InputError, match="expected a decoder-only model, got an encoder-decoder"):
+        texts_of_pipeline(params, tiny_t5(tmp_path / "t5"), files, 300, 5)
 
 
 def test_text_that_the_model_writes_is_mixed_in_and_kept(model_directory, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from tasks import sample_pool
 from tasks.documents import Document, write_documents
 from tasks.params import Recovery
 from tasks.recovery_text import training_text
-from tasks.studies.comparison import BEST, Text, Texts
+from tasks.studies.comparison import BEST, DENSE, Text, Texts
 from tasks.studies.fine_tuning import study
 from tasks.studies.fine_tuning.plot import draw
 from tasks.studies.fine_tuning.study import FineTuning, Settings, check, described, measure, read_training, recipe_of
@@ -39,6 +39,7 @@ RECOVERY = Recovery(
 )
 RECIPE = recipe_of(RECOVERY, 4 * 2 * 16)
 WAYS = (("nirvana", "none"), ("random", "least_squares"), ("flap", "bias"), (SHORTGPT, "none"))
+WHOLE = (DENSE, "none")
 SETTINGS = Settings(ways=WAYS, ratio=RATIO)
 
 
@@ -118,6 +119,16 @@ def test_before_training_a_row_is_the_comparisons(tuning):
     assert not list(tuning_folder().glob(".*tmp")) and not list(tuning_folder().glob("*.states"))
 
 
+def test_the_dense_model_is_trained_on_the_same(tuning, batches):
+    untrained, whole, pruned = measure(tuning, Settings(ways=(WHOLE, WAYS[0]), ratio=RATIO))
+    assert whole["before"] == pytest.approx(untrained["losses"], rel=1e-5) and whole["achieved_ratio"] == 0
+    assert (whole["method"], whole["ratio"], pruned["ratio"]) == (DENSE, 0.0, RATIO)
+    assert whole["after"] != pytest.approx(whole["before"], rel=1e-3)
+    of_model = [[ids for model, ids in batches if model == number] for number in (1, 2)]
+    assert of_model[0] == of_model[1] and len(of_model[0]) == RECIPE.steps
+    assert (tuning.model_directory / "model.safetensors").exists()
+
+
 def tuning_folder():
     return study.STUDIES / study.STUDY
 
@@ -186,8 +197,9 @@ def test_another_recipe_or_text_is_trained_anew(changed, tuning, model_directory
 
 def test_the_recipe_is_the_pipelines_but_for_the_dense_models_word():
     recipe = recipe_of(RECOVERY, 100 * 32 + 5)
-    expected = {"rank": 4, "alpha": 8, "learning_rate": 0.01, "distillation": 0.0, "steps": 100, "curve_every": 12 * 32}
+    expected = {"rank": 4, "alpha": 8, "learning_rate": 0.01, "distillation": 0.0, "steps": 100, "curve_every": 13 * 32}
     assert {name: getattr(recipe, name) for name in expected} == expected and isinstance(recipe, Recipe)
+    assert recipe_of(RECOVERY, 12 * 32).curve_every == 2 * 32  # six points, not twelve
     assert study.TOKENS == Settings().tokens == 24 * 1024
 
 
@@ -222,6 +234,8 @@ def test_a_bias_that_the_family_cannot_have_is_refused(tmp_path):
         ({"ways": (("slicegpt", "none"),)}, "expected some that remove units, got slicegpt"),
         ({"ways": (("flap", "mean"),)}, "flap: expected compensation none or bias or least_squares, got mean"),
         ({"ways": ((SHORTGPT, "least_squares"),)}, "shortgpt: expected compensation none, got least_squares"),
+        ({"ways": ((DENSE, "bias"),)}, "dense: expected compensation none, got bias"),
+        ({"ways": (WHOLE,)}, "--methods: expected a method that prunes, got none"),
         ({"ratio": 1.5}, "ratio: expected a number between 0 and 1, got 1.5"),
     ],
 )
@@ -239,7 +253,7 @@ def test_too_few_tokens_are_one_line():
 
 def test_the_reference_is_ours_where_it_takes_part():
     assert Settings().reference == BEST
-    assert SETTINGS.reference == ("nirvana", "none")
+    assert SETTINGS.reference == Settings(ways=(WHOLE, *WAYS)).reference == ("nirvana", "none")
 
 
 # --- tables and picture ---------------------------------------------------------------------------------------
@@ -297,10 +311,23 @@ def test_verdict():
     assert first.startswith("Ratio 0.4, 32 tokens: mask Fisher + LS goes from loss 3.000 to 2.250 (dense 1.500)")
     standing = "surely better (95 %) than 2 of 3 others, not surely apart from FLAP"
     assert first.endswith(f"; before training it is {standing}; after training {standing}.")
-    assert second.startswith("Surely learn (95 %): 2 of 4 models; NIRVANA gains most (+1.750 nats")
+    assert second.startswith("Surely learn (95 %): 2 of 4 pruned models; NIRVANA gains most (+1.750 nats")
     assert "Wanda-sp least (-0.250)" in second and "one training run" in third
     alone = verdict(*summary(ROWS[:2], ("nirvana", "none")), ("nirvana", "none"))
-    assert alone[0].endswith("to 3.250 (dense 1.500).") and alone[1] == "Surely learn (95 %): 1 of 1 models."
+    assert alone[0].endswith("to 3.250 (dense 1.500).") and alone[1] == "Surely learn (95 %): 1 of 1 pruned models."
+
+
+def test_the_dense_model_is_no_rival(tmp_path):
+    whole = made_row(DENSE, [1.0, 2.0], [0.5, 1.5], curve=(1.5, 1.0)) | {"ratio": 0.0}
+    dense, lines = summary([ROWS[0], whole, *ROWS[1:]], BEST)
+    assert [row[:3] for row in table(dense, lines, BEST)[1:3]] == [
+        ["dense", "1.500", ""], ["fine-tuned dense", "1.500", "1.000"]
+    ]  # fmt: skip
+    first, second, _ = verdict(dense, lines, BEST)
+    assert first == verdict(*summary(ROWS, BEST), BEST)[0] and first.startswith("Ratio 0.4")
+    assert "2 of 4 pruned models" in second and second.endswith("; the dense model +0.500 by the same training.")
+    _, svg = draw(dense, lines, BEST, tmp_path / "fine_tuning.png")
+    assert "fine-tuned dense" in svg.read_text() and "Learning curves at ratio 0.4" in svg.read_text()
 
 
 def test_series_are_stepped_by_tokens():

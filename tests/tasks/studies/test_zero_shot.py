@@ -411,7 +411,10 @@ def test_lines_by_hand(tmp_path):
 
 def test_tables_and_sentences():
     found = lines(made_rows())
-    title = f"corpus, {LAST_WORD}: 20 items of 20 documents; percent right and lost against dense, with 95 % intervals"
+    title = (
+        f"corpus, {LAST_WORD}: 20 items of 20 documents; percent right and lost against dense, with 95 % intervals "
+        "(of losses: documents drawn)"
+    )
     table = tables(found)[title]
     assert [row[:2] for row in table[1:4]] == [["", "dense"], ["0.2", "fisher + least squares"], ["0.2", "nirvana"]]
     assert table[1][2].startswith("100.0 [") and table[2][3].startswith("25.0 [")
@@ -421,7 +424,7 @@ def test_tables_and_sentences():
     (unsure,) = (each for each in sentences if "undefined" in each)
     assert unsure.startswith(f"corpus, ratio 0.2, {CONTINUATION}:")
     (surely,) = (each for each in sentences if each.startswith(f"corpus, ratio 0.4, {CONTINUATION}"))
-    assert "loses 50.0 points, nirvana 100.0; their ratio is 0.50 [0." in surely and "surely below 1" in surely
+    assert "loses 50.0 points, nirvana 100.0; their ratio is 0.50 [0." in surely
     (alone,) = verdict([line for line in found if line.method != "nirvana"])
     assert alone == "No ratio of losses: it takes nirvana and fisher + least squares among the methods."
 
@@ -449,6 +452,31 @@ def test_of_few_documents_items_are_drawn():
     few = lines([{**row, "documents": ["only"] * 20} for row in made_rows()])
     for one, apart in zip(few, lines(made_rows()), strict=True):
         assert one.documents == 1 and (one.lost_low, one.lost_high) == (apart.lost_low, apart.lost_high)
+
+
+def test_each_text_decides_whether_its_documents_are_drawn():
+    """A text of one document beside one of many: the first gives items, and as many of them as it has."""
+    book = [{**row, "documents": ["0"] * 20} for row in made_rows("book")]
+    found = {(x.text, x.kind): x for x in lines([*made_rows(), *book]) if (x.method, x.ratio) == ("fisher", 0.2)}
+    assert [found[key].drawn for key in (("book", ALL), ("corpus", ALL), (ALL_TEXTS, ALL))] == [
+        "items", "documents", "documents or items"
+    ]  # fmt: skip
+    assert found[(ALL_TEXTS, ALL)].documents == 41
+    # of each text a draw has 40 items: 2.5 points each way are 2 of 80, and a whole document of 40 would be 50
+    assert found[(ALL_TEXTS, ALL)].lost_high - found[(ALL_TEXTS, ALL)].lost_low < 0.2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"), [(4, "surely at most half"), (10, "not surely apart from half"), (17, "surely more than half")]
+)
+def test_a_share_is_held_against_half(wrong, said):
+    rows = [
+        made_row("dense", 0.0, LAST_WORD, 0),
+        made_row("nirvana", 0.4, LAST_WORD, 20),
+        made_row("fisher", 0.4, LAST_WORD, wrong, "least_squares"),
+    ]
+    (sentence,) = verdict(lines(rows))
+    assert sentence.endswith(f"], {said}.")
 
 
 def test_series_have_a_child_a_way():
