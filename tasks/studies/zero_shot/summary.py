@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from nirvana.files import atomic_file
-from tasks.studies.bootstrap import paired_bootstrap, resampled_sums
+from tasks.studies.bootstrap import Interval, paired_bootstrap, resampled_sums
 from tasks.studies.comparison import BEST, COMPENSATIONS, DENSE
 from tasks.studies.tracking import Series
 
@@ -65,6 +65,11 @@ class Line:
     of_nirvana_low: float | None
     of_nirvana_high: float | None
     """95 % bootstrap interval, likewise; may be infinite."""
+    behind_best: float | None
+    """Accuracy of `comparison.BEST` at the same ratio less this one's; none where it was not asked, or is this one."""
+    behind_best_low: float | None
+    behind_best_high: float | None
+    """95 % paired bootstrap interval, likewise."""
     drawn: str
     """What intervals of losses draw with replacement: documents, items, or of some texts these and of others those."""
     seconds_per_item: float
@@ -138,7 +143,10 @@ def lines(rows: Rows) -> list[Line]:
     for text, kind in dict.fromkeys((row["text"], row["kind"]) for row in every):
         mine = [row for row in every if (row["text"], row["kind"]) == (text, kind)]
         dense = answers[(text, kind, DENSE, 0.0, "none")]
-        made = [_line(row, dense, answers.get((text, kind, NIRVANA[0], row["ratio"], NIRVANA[1]))) for row in mine]
+        made = [
+            _line(row, dense, *(answers.get((text, kind, name, row["ratio"], how)) for name, how in (NIRVANA, BEST)))
+            for row in mine
+        ]
         found += sorted(made, key=lambda line: (line.ratio, -line.accuracy))
     return sorted(found, key=lambda line: line.text != found[0].text)  # a text's lines stand together
 
@@ -180,12 +188,16 @@ def _units(documents: Sequence[str], texts: Sequence[str]) -> tuple[list[str], s
     return units, "documents" if len(whole) == len(of_text) else "documents or items" if whole else "items"
 
 
-def _line(row: Mapping[str, Any], dense: Sequence[int], nirvana: Sequence[int] | None) -> Line:
+def _line(
+    row: Mapping[str, Any], dense: Sequence[int], nirvana: Sequence[int] | None, best: Sequence[int] | None
+) -> Line:
     answers, texts = row["answers"], row["texts"]
     units, drawn = _units(row["documents"], texts)
     low, high = accuracy_interval(answers)
     lost = paired_bootstrap(dense, answers, groups=units, strata=texts)
     share = ratio_of_losses(dense, answers, nirvana, units, texts) if nirvana is not None else None
+    rival = best is not None and (row["method"], row["compensation"]) != BEST
+    behind = paired_bootstrap(best, answers, groups=units, strata=texts) if best is not None and rival else None
     return Line(
         text=row["text"],
         kind=row["kind"],
@@ -204,6 +216,9 @@ def _line(row: Mapping[str, Any], dense: Sequence[int], nirvana: Sequence[int] |
         of_nirvana=share.value if share else None,
         of_nirvana_low=share.low if share else None,
         of_nirvana_high=share.high if share else None,
+        behind_best=behind.difference if behind else None,
+        behind_best_low=behind.low if behind else None,
+        behind_best_high=behind.high if behind else None,
         drawn=drawn,
         seconds_per_item=row["seconds"] / len(answers),
     )
@@ -220,8 +235,10 @@ def write_table(found: Sequence[Line], path: Path) -> Path:
         writer = csv.DictWriter(opened, [each.name for each in fields(Line)], lineterminator="\n")
         writer.writeheader()
         for line in found:
-            blank = "" if line.method == DENSE else UNDEFINED
-            writer.writerow({name: blank if value is None else value for name, value in asdict(line).items()})
+            values = asdict(line)
+            if line.method != DENSE:
+                values |= {name: UNDEFINED for name in values if name.startswith("of_nirvana") and values[name] is None}
+            writer.writerow({name: "" if value is None else value for name, value in values.items()})
     return path
 
 
@@ -234,7 +251,7 @@ def tables(found: Sequence[Line]) -> dict[str, list[list[str]]]:
             f"{text}, {kind}: {mine[0].items:,} items of {mine[0].documents:,} documents; percent right and lost "
             f"against dense, with 95 % intervals (of losses: {mine[0].drawn} drawn)"
         )
-        heading = ["ratio", "method", "accuracy", "lost", "of nirvana's loss"]
+        heading = ["ratio", "method", "accuracy", "lost", "of nirvana's loss", "behind best"]
         result[title] = [heading, *map(_shown, mine)]
     return result
 
@@ -242,13 +259,24 @@ def tables(found: Sequence[Line]) -> dict[str, list[list[str]]]:
 def _shown(line: Line) -> list[str]:
     accuracy = f"{_points(line.accuracy)} [{100 * line.accuracy_low:.0f}, {100 * line.accuracy_high:.0f}]"
     if line.method == DENSE:
-        return ["", DENSE, accuracy, "", ""]
-    lost = f"{_points(line.lost)} [{_points(line.lost_low)}, {_points(line.lost_high)}]"
+        return ["", DENSE, accuracy, "", "", ""]
     if (line.method, line.compensation) == NIRVANA:
         share = "the measure" if line.of_nirvana is not None else UNDEFINED
     else:
         share = _share(line)
-    return [f"{line.ratio:g}", called(line.method, line.compensation), accuracy, lost, share]
+    behind = _behind(line)
+    return [
+        f"{line.ratio:g}",
+        called(line.method, line.compensation),
+        accuracy,
+        _written(Interval(line.lost, line.lost_low, line.lost_high)),
+        share,
+        _written(behind) if behind else "",
+    ]
+
+
+def _written(interval: Interval) -> str:
+    return f"{_points(interval.difference)} [{_points(interval.low)}, {_points(interval.high)}]"
 
 
 def _points(share: float) -> str:
@@ -270,25 +298,48 @@ def _against_half(ours: Line) -> str:
     return "surely more than half" if ours.of_nirvana_low > HALF else "not surely apart from half"
 
 
-def verdict(found: Sequence[Line], best: tuple[str, str] = BEST) -> list[str]:
-    """Say of each text, ratio and kind of item what share of NIRVANA's loss is left: one sentence each."""
+def _standing(among: Sequence[Line]) -> str:
+    """Say how many rivals ours is surely ahead of, where there are more than NIRVANA."""
+    behind = {line: interval for line in among if (interval := _behind(line)) is not None}
+    if len(behind) < 2:
+        return ""
+    said = f" It is surely ahead of {sum(each.low > 0 for each in behind.values())} of {len(behind)} others"
+    unsure = [line for line, each in behind.items() if each.low <= 0 <= each.high]
+    better = [line for line, each in behind.items() if each.high < 0]
+    said += f", not surely apart from {_names(unsure)}" if unsure else ""
+    said += f", surely behind {_names(better)}" if better else ""
+    return f"{said}."
+
+
+def _behind(line: Line) -> Interval | None:
+    values = (line.behind_best, line.behind_best_low, line.behind_best_high)
+    return None if None in values else Interval(*values)  # type: ignore[arg-type]
+
+
+def _names(lines_of: Sequence[Line]) -> str:
+    return " and ".join(called(line.method, line.compensation) for line in lines_of)
+
+
+def verdict(found: Sequence[Line]) -> list[str]:
+    """Say of each text, ratio and kind of item what share of NIRVANA's loss ours is, and whom it is ahead of."""
     sentences = []
     models = {(line.text, line.kind, line.ratio, line.method, line.compensation): line for line in found}
     # all items first: they are the surest
     keys = dict.fromkeys((line.text, line.ratio, line.kind) for line in found if line.method != DENSE)
     for text, ratio, kind in sorted(keys, key=lambda key: (key[0] != ALL_TEXTS, key[2] != ALL)):
-        ours, theirs = (models.get((text, kind, ratio, *each)) for each in (best, NIRVANA))
+        ours, theirs = (models.get((text, kind, ratio, *each)) for each in (BEST, NIRVANA))
         if ours is None or theirs is None:
             continue
         sentence = (
-            f"{text}, ratio {ratio:g}, {kind}: {called(*best)} loses {_points(ours.lost)} points, "
+            f"{text}, ratio {ratio:g}, {kind}: {called(*BEST)} loses {_points(ours.lost)} points, "
             f"{called(*NIRVANA)} {_points(theirs.lost)}"
         )
         if ours.of_nirvana is None or ours.of_nirvana_high is None:
             sentences.append(f"{sentence}; their ratio is undefined, for the latter is not surely above 0.")
         else:
             sentences.append(f"{sentence}; their ratio is {_share(ours)}, {_against_half(ours)}.")
-    both = f"{called(*NIRVANA)} and {called(*best)}"
+        sentences[-1] += _standing([x for x in found if (x.text, x.ratio, x.kind) == (text, ratio, kind)])
+    both = f"{called(*NIRVANA)} and {called(*BEST)}"
     return sentences or [f"No ratio of losses: it takes {both} among the methods."]
 
 

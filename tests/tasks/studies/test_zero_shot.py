@@ -479,6 +479,24 @@ def test_a_share_is_held_against_half(wrong, said):
     assert sentence.endswith(f"], {said}.")
 
 
+def test_ours_is_held_against_every_other():
+    rows = made_rows()
+    found = {(x.kind, x.method, x.compensation): x for x in lines(rows) if x.ratio == 0.4}
+    line = found[(LAST_WORD, "flap", "bias")]  # ours have ten of twenty right, it none
+    assert line.behind_best == 0.5 and 0.2 < line.behind_best_low < 0.5 < line.behind_best_high < 0.8
+    assert found[(LAST_WORD, "fisher", "least_squares")].behind_best is None
+    assert all(line.behind_best is None for line in lines(rows) if line.method == "dense")
+    sentence = next(each for each in verdict(lines(rows)) if each.startswith("corpus, ratio 0.4, all"))
+    assert sentence.endswith(" It is surely ahead of 3 of 3 others.")
+    # as good, and better
+    rows += [made_row("magnitude", 0.4, LAST_WORD, 10), made_row("random", 0.4, LAST_WORD, 0)]
+    sentence = next(each for each in verdict(lines(rows)) if each.startswith(f"corpus, ratio 0.4, {LAST_WORD}"))
+    assert sentence.endswith("ahead of 3 of 5 others, not surely apart from magnitude, surely behind random.")
+    shown = {row[1]: row[5] for row in next(iter(tables(lines(rows)).values())) if row[0] == "0.4"}
+    assert shown["magnitude"].startswith("0.0 [0.0") and shown["fisher + least squares"] == ""
+    assert shown["flap + bias"].startswith("50.0 [")
+
+
 def test_series_have_a_child_a_way():
     found = series(lines(made_rows()))
     assert list(found) == ["dense", "fisher + least squares", "flap", "flap + bias", "nirvana"]
