@@ -200,7 +200,7 @@ def read_texts(asked: Asked, files: dict[str, Path]) -> Any:
         texts = texts_of_ids(asked.ids, *sizes)
     else:
         params = load_params()
-        texts = texts_of_pipeline(params, files["model"], files, *sizes)
+        texts = texts_of_pipeline(params, files["model"], files["corpus"], *sizes)
     texts = with_generated(texts, files["model"], asked.self_generated, params)
     return judged_on(texts, asked.judge, files["model"], asked.tokens) if asked.judge else texts
 

@@ -4,7 +4,6 @@ Prunes the model of params.yaml by every method and asks each model for last wor
 from the corpus's evaluation split and, with --text, from another text. A run that was stopped goes on where it was.
 """
 
-import tempfile
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from flows.study import (
     bring,
     fitted_on,
     one_line_errors,
+    read_texts,
     record,
     run,
     set_environment,
@@ -42,7 +42,6 @@ from flows.study import (
     text_parameters,
 )
 from nirvana.errors import InputError
-from tasks.params import load_params
 from tasks.registry import paths
 
 PICTURE = PICTURES / "zero_shot.png"
@@ -69,25 +68,6 @@ def prepare(asked: Asked, corpus: Path | None) -> dict[str, Path]:
     files = paths("fetch_model")[1] | paths("fetch_corpus")[1] | paths("sample_pool")[1]
     given = {"model": asked.model, "corpus": corpus}
     return files | {name: path for name, path in given.items() if path is not None}
-
-
-@task
-def read_texts(asked: Asked, files: dict[str, Path], corpus: Path | None) -> Any:
-    """Read what every method calibrates on: ids, the pipeline's, or what the pipeline would draw from a corpus."""
-    from tasks import sample_pool
-    from tasks.studies.texts import texts_of_ids, texts_of_pipeline, with_generated
-
-    params, sizes = load_params(), (asked.tokens, asked.compensation_sequences)
-    with tempfile.TemporaryDirectory(prefix="nirvana-zero-shot-") as scratch:
-        if corpus is not None and not asked.ids:
-            drawn = {name: Path(scratch) / path.name for name, path in paths("sample_pool")[1].items()}
-            # what compensation is fitted on is drawn below
-            sample_pool.run(replace(params, compensation=replace(params.compensation, method="none")), files, drawn)
-            files = files | drawn
-        texts = (
-            texts_of_ids(asked.ids, *sizes) if asked.ids else texts_of_pipeline(params, files["model"], files, *sizes)
-        )
-    return with_generated(texts, files["model"], asked.self_generated, None if asked.ids else params)
 
 
 @task
@@ -130,7 +110,7 @@ def zero_shot(asked: Asked, judged: Judged, changed: dict[str, Any]) -> Outcome:
 
     settings = _checked(replace(Settings(), **changed))
     files = prepare(asked, judged.corpus)
-    on = Subject(files["model"], read_texts(asked, files, judged.corpus))
+    on = Subject(files["model"], read_texts(asked, files))
     sets = make_items(on, files["corpus"], judged)
     lines = summary.lines(measure(on, sets, settings))
     conclusion = summary.verdict(lines)

@@ -1,7 +1,7 @@
 """Where a comparison's texts come from: the pipeline's files, JSON files of token ids, or text to judge on."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -144,15 +144,13 @@ def read_text(path: Path, option: str) -> list[Document]:
         raise InputError(f"{option} {path.name}: {error}") from None
 
 
-def texts_of_pipeline(
-    params: "Params", model: Path, files: Mapping[str, Path], tokens: int, compensation_sequences: int
-) -> Texts:
+def texts_of_pipeline(params: "Params", model: Path, corpus: Path, tokens: int, compensation_sequences: int) -> Texts:
     """Take the pipeline's text, drawn as the pipeline draws it; not its token ids, which may be another model's.
 
     Args:
         params: How the pipeline draws.
         model: The dense model, whose tokenizer reads documents.
-        files: `evaluation` and `corpus`: outputs of sample_pool and of fetch_corpus.
+        corpus: The directory that fetch_corpus writes.
         tokens: Evaluation tokens, BOS included; rounded up to windows of `WINDOW`.
         compensation_sequences: Drawn as the pipeline draws its own.
 
@@ -161,11 +159,11 @@ def texts_of_pipeline(
     """
     if read_config(model).is_encoder_decoder:
         raise InputError(f"{model}: expected a decoder-only model, got an encoder-decoder; choose another")
-    documents = read_documents(files["evaluation"] / "documents.jsonl")
+    splits = split_documents(read_documents(corpus / "documents.jsonl"))
     encoder = Encoder.of_model(model, params.calibration.add_bos)
     bos = encoder.tokenizer.bos_token_id is not None
-    texts = (document.text for document in documents)
-    calibrated, fitted, heldout = _drawn(params, files, encoder, compensation_sequences)
+    texts = (document.text for document in splits["evaluation"])
+    calibrated, fitted, heldout = _drawn(params, splits, encoder, compensation_sequences)
     return Texts(
         Text(calibrated[:CALIBRATION_SEQUENCES].clone()),
         Text(fitted),
@@ -174,12 +172,13 @@ def texts_of_pipeline(
     )
 
 
-def _drawn(params: "Params", files: Mapping[str, Path], encoder: Encoder, sequences: int) -> tuple[Tensor, ...]:
+def _drawn(
+    params: "Params", splits: Mapping[str, Sequence[Document]], encoder: Encoder, sequences: int
+) -> tuple[Tensor, ...]:
     """Draw the pipeline's candidates, its text for compensation and the held-out batch, none made to repeat itself.
 
     Rivals are calibrated on what was written, whatever `calibration.repeated` asks for.
     """
-    splits = split_documents(read_documents(files["corpus"] / "documents.jsonl"))
     pool = draw_candidates(params.calibration, splits["calibration"], encoder)
     fitted = draw_compensation(params, splits["calibration"], encoder, sequences, "--compensation-sequences")
     heldout = draw_heldout(params.calibration, splits["heldout"], encoder)

@@ -13,7 +13,7 @@ from flows.options import SELF_GENERATED
 from flows.study import Asked
 from tasks.documents import Document, write_documents
 from tasks.params import PARAMS_FILE
-from tasks.registry import paths, step
+from tasks.registry import step
 
 ROOT_PARAMS = PARAMS_FILE.resolve()
 
@@ -42,10 +42,9 @@ def test_another_corpus_needs_nothing_that_the_model_wrote(tmp_path, monkeypatch
     texts = sorted(tiny_corpus(tmp_path / "texts", documents=120).iterdir())
     (tmp_path / "corpus").mkdir()
     write_documents(tmp_path / "corpus/documents.jsonl", (Document(file.stem, file.read_text()) for file in texts))
-    files = {name: tmp_path / path for name, path in paths("sample_pool")[1].items()}
-    files |= {"model": tiny_llama(tmp_path / "model"), "corpus": tmp_path / "corpus"}
+    files = {"model": tiny_llama(tmp_path / "model"), "corpus": tmp_path / "corpus"}
     asked = Asked(tokens=2, compensation_sequences=4)
-    found = zero_shot.read_texts.__wrapped__(asked, files, tmp_path / "corpus")
+    found = zero_shot.read_texts.__wrapped__(asked, files)
     assert found.compensation.ids.shape == (4, content["compensation"]["sequence_length"])
 
 

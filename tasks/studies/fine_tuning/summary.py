@@ -9,7 +9,7 @@ from typing import Any
 from nirvana.files import atomic_file
 from tasks.studies.bootstrap import Interval, paired_bootstrap
 from tasks.studies.comparison import DENSE
-from tasks.studies.titles import titled
+from tasks.studies.titles import standing, titled
 from tasks.studies.tracking import Series
 
 Rows = Sequence[Mapping[str, Any]]
@@ -128,7 +128,9 @@ def verdict(dense: Dense, lines: Sequence[Line], reference: tuple[str, str]) -> 
     start = f"Ratio {ours.ratio:g}, {ours.tokens:,} tokens: {called(ours)} goes from loss {ours.before:.3f} to "
     start += f"{ours.after:.3f} (dense {dense.evaluation:.3f})"
     if others:
-        standings = [_standing(others, [getattr(x, when) for x in others]) for when in ("above_before", "above_after")]
+        standings = [
+            standing({called(x): getattr(x, when) for x in others}) for when in ("above_before", "above_after")
+        ]
         start += f"; before training it is {standings[0]}; after training {standings[1]}"
     pruned = [line for line in lines if line.method != DENSE]
     learners = [line for line in pruned if line.gain.low > 0]
@@ -141,15 +143,6 @@ def verdict(dense: Dense, lines: Sequence[Line], reference: tuple[str, str]) -> 
         f"; the dense model {line.gain.difference:+.3f} by the same training" for line in lines if line.method == DENSE
     )
     return [f"{start}.", f"{learned}.", "Intervals are over windows, of one training run each."]
-
-
-def _standing(others: Sequence[Line], above: Sequence[Interval]) -> str:
-    ahead = sum(interval.low > 0 for interval in above)
-    behind = [called(line) for line, interval in zip(others, above, strict=True) if interval.high < 0]
-    unsure = [called(line) for line, interval in zip(others, above, strict=True) if interval.low <= 0 <= interval.high]
-    text = f"surely better (95 %) than {ahead} of {len(others)} others"
-    text += f", not surely apart from {', '.join(unsure)}" if unsure else ""
-    return text + (f", surely worse than {', '.join(behind)}" if behind else "")
 
 
 # --- for programs -----------------------------------------------------------------------------------------------

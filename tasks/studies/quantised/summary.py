@@ -179,7 +179,7 @@ def verdict(lines: Sequence[Cell], found: Sequence[Sum]) -> list[str]:
             f"{precision} costs the dense model {alone:+.3f} nats a token; with pruning, the damage of both is "
             f"not surely apart (95 %) from their sum in {len(mine) - len(worse) - len(milder)} of {len(mine)} models"
         )
-        sentence += f", surely more in {_listed(worse)}" if worse else ""
+        sentence += f", surely more than their sum in {_listed(worse)}" if worse else ""
         sentence += f", surely less in {_listed(milder)}" if milder else ""
         sentences.append(f"{sentence}.")
     front = sorted((line for line in lines if line.on_front), key=lambda line: -line.bytes)

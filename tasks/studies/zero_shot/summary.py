@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from nirvana.files import atomic_file
 from tasks.studies.bootstrap import Interval, paired_bootstrap, resampled_sums
 from tasks.studies.comparison import BEST, COMPENSATIONS, DENSE
+from tasks.studies.titles import standing
 from tasks.studies.tracking import Series
 
 Rows = Sequence[Mapping[str, Any]]
@@ -300,24 +301,13 @@ def _against_half(ours: Line) -> str:
 
 def _standing(among: Sequence[Line]) -> str:
     """Say how many rivals ours is surely ahead of, where there are more than NIRVANA."""
-    behind = {line: interval for line in among if (interval := _behind(line)) is not None}
-    if len(behind) < 2:
-        return ""
-    said = f" It is surely ahead of {sum(each.low > 0 for each in behind.values())} of {len(behind)} others"
-    unsure = [line for line, each in behind.items() if each.low <= 0 <= each.high]
-    better = [line for line, each in behind.items() if each.high < 0]
-    said += f", not surely apart from {_names(unsure)}" if unsure else ""
-    said += f", surely behind {_names(better)}" if better else ""
-    return f"{said}."
+    behind = {called(x.method, x.compensation): each for x in among if (each := _behind(x)) is not None}
+    return f" It is {standing(behind)}." if len(behind) > 1 else ""
 
 
 def _behind(line: Line) -> Interval | None:
     values = (line.behind_best, line.behind_best_low, line.behind_best_high)
     return None if None in values else Interval(*values)  # type: ignore[arg-type]
-
-
-def _names(lines_of: Sequence[Line]) -> str:
-    return " and ".join(called(line.method, line.compensation) for line in lines_of)
 
 
 def verdict(found: Sequence[Line]) -> list[str]:

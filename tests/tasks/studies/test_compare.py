@@ -319,22 +319,21 @@ def test_too_few_ids_are_refused(tmp_path):
 
 
 def pipeline_of(directory):
-    """Write a corpus as the pipeline has it; return its splits, its files and what is asked of a draw."""
+    """Write a corpus as the pipeline has it; return its splits, where it is and what is asked of a draw."""
     speeches = sorted(tiny_corpus(directory / "speeches").iterdir())
     documents = [Document(file.name, file.read_text()) for file in speeches]
     splits = sample_pool.split_documents(documents)
-    files = {name: directory / name for name in ("corpus", "evaluation")}
-    for file, part in zip(files.values(), (documents, splits["evaluation"]), strict=True):
-        file.mkdir()
-        write_documents(file / "documents.jsonl", part)
+    corpus = directory / "corpus"
+    corpus.mkdir()
+    write_documents(corpus / "documents.jsonl", documents)
     asked = SimpleNamespace(add_bos=False, seed=0, pool_size=5, sequences=8, sequence_length=16, repeated=1.0)
     asked.heldout_sequences, asked.heldout_length = 3, 16
-    return splits, files, SimpleNamespace(calibration=asked, compensation=SimpleNamespace(sequence_length=16))
+    return splits, corpus, SimpleNamespace(calibration=asked, compensation=SimpleNamespace(sequence_length=16))
 
 
 def test_texts_of_the_pipeline(model_directory, tmp_path):
-    splits, files, params = pipeline_of(tmp_path)
-    found = texts_of_pipeline(params, model_directory, files, tokens=300, compensation_sequences=5)
+    splits, corpus, params = pipeline_of(tmp_path)
+    found = texts_of_pipeline(params, model_directory, corpus, tokens=300, compensation_sequences=5)
     names = ("pool_size", "sequences", "sequence_length")
     encoder = sample_pool.Encoder.of_model(model_directory, add_bos=False)
     size = {"batches": 5, "sequences": 8, "length": 16, "order": "calibration 0", "names": names}
@@ -344,7 +343,7 @@ def test_texts_of_the_pipeline(model_directory, tmp_path):
     heldout = sample_pool.draw_heldout(params.calibration, splits["heldout"], encoder)
     assert torch.equal(found.heldout.ids, torch.from_numpy(heldout.input_ids[0]))
     assert found.evaluation.ids.shape == (3, 128) and (found.evaluation.ids[:, 0] == 0).all()  # BOS
-    read = {d.id: encoder(d).tolist() for d in read_documents(files["corpus"] / "documents.jsonl")}
+    read = {d.id: encoder(d).tolist() for d in read_documents(corpus / "documents.jsonl")}
     windows = [str(row.tolist())[1:-1] for row in found.compensation.ids]
     owners = [[name for name, ids in read.items() if window in str(ids)] for window in windows]
     assert len(owners) == 5
@@ -354,22 +353,22 @@ def test_texts_of_the_pipeline(model_directory, tmp_path):
 
 def test_another_model_reads_every_text_by_its_own_tokenizer(model_directory, tmp_path):
     """Its vocabulary is the other way round, so no token id means the same."""
-    _, files, params = pipeline_of(tmp_path)
+    _, corpus, params = pipeline_of(tmp_path)
     other = shutil.copytree(model_directory, tmp_path / "other")
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     ids = tokenizer["model"]["vocab"]
     tokenizer["model"]["vocab"] = {text: 513 - id if id > 1 else id for text, id in ids.items()}
     write_json(other / "tokenizer.json", tokenizer)
-    first, second = (texts_of_pipeline(params, each, files, 300, 5) for each in (model_directory, other))
+    first, second = (texts_of_pipeline(params, each, corpus, 300, 5) for each in (model_directory, other))
     for each in fields(first):
         of_first, of_second = (getattr(texts, each.name).ids for texts in (first, second))
         assert torch.equal(torch.where(of_first > 1, 513 - of_first, of_first), of_second)
 
 
 def test_a_model_with_an_encoder_has_no_texts(tmp_path):
-    _, files, params = pipeline_of(tmp_path)
+    _, corpus, params = pipeline_of(tmp_path)
     with pytest.raises(InputError, match="expected a decoder-only model, got an encoder-decoder"):
-        texts_of_pipeline(params, tiny_t5(tmp_path / "t5"), files, 300, 5)
+        texts_of_pipeline(params, tiny_t5(tmp_path / "t5"), corpus, 300, 5)
 
 
 def test_text_that_the_model_writes_is_mixed_in_and_kept(model_directory, tmp_path, monkeypatch):

@@ -273,7 +273,7 @@ def test_verdict():
     first, front = verdict(cells(ROWS), sums(ROWS))
     assert first.startswith("int8 costs the dense model +0.100 nats a token")
     assert "in 1 of 2 models" in first
-    assert "surely more in Fisher + LS 0.4 (+0.250)" in first
+    assert "surely more than their sum in Fisher + LS 0.4 (+0.250)" in first
     assert "dense stored" in front and "NIRVANA" not in front
 
 

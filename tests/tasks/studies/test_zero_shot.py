@@ -425,6 +425,7 @@ def test_tables_and_sentences():
     assert unsure.startswith(f"corpus, ratio 0.2, {CONTINUATION}:")
     (surely,) = (each for each in sentences if each.startswith(f"corpus, ratio 0.4, {CONTINUATION}"))
     assert "loses 50.0 points, nirvana 100.0; their ratio is 0.50 [0." in surely
+    assert "], not surely apart from half. It is surely better" in surely
     (alone,) = verdict([line for line in found if line.method != "nirvana"])
     assert alone == "No ratio of losses: it takes nirvana and fisher + least squares among the methods."
 
@@ -487,11 +488,11 @@ def test_ours_is_held_against_every_other():
     assert found[(LAST_WORD, "fisher", "least_squares")].behind_best is None
     assert all(line.behind_best is None for line in lines(rows) if line.method == "dense")
     sentence = next(each for each in verdict(lines(rows)) if each.startswith("corpus, ratio 0.4, all"))
-    assert sentence.endswith(" It is surely ahead of 3 of 3 others.")
+    assert sentence.endswith(" It is surely better (95 %) than 3 of 3 others.")
     # as good, and better
     rows += [made_row("magnitude", 0.4, LAST_WORD, 10), made_row("random", 0.4, LAST_WORD, 0)]
     sentence = next(each for each in verdict(lines(rows)) if each.startswith(f"corpus, ratio 0.4, {LAST_WORD}"))
-    assert sentence.endswith("ahead of 3 of 5 others, not surely apart from magnitude, surely behind random.")
+    assert sentence.endswith("than 3 of 5 others, not surely apart from magnitude, surely worse than random.")
     shown = {row[1]: row[5] for row in next(iter(tables(lines(rows)).values())) if row[0] == "0.4"}
     assert shown["magnitude"].startswith("0.0 [0.0") and shown["fisher + least squares"] == ""
     assert shown["flap + bias"].startswith("50.0 [")
