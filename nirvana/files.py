@@ -151,3 +151,56 @@ def sha256_directory(path: Path | str) -> str:
     for file in sorted(p for p in root.rglob("*") if p.is_file()):
         digest.update(f"{file.relative_to(root).as_posix()}\0{sha256_file(file)}\n".encode())
     return digest.hexdigest()
+
+
+def followed(path: Path | str, root: Path | str) -> Path:
+    """Return the regular file that a path inside a directory stands for, links resolved.
+
+    A link may lead to another file of the directory, or from a snapshot of a Hugging Face cache to its blobs
+    (`models--ORG--NAME/snapshots/REVISION/file` -> `../../blobs/HASH`). Any other would let a directory that was made
+    elsewhere put a file of this machine into what is copied from it.
+
+    Args:
+        path: The file.
+        root: The directory that it belongs to; may itself be reached through links.
+
+    Raises:
+        InputError: If it is missing, no regular file, or a link that leads elsewhere.
+    """
+    path = Path(path)
+    try:
+        file, directory = path.resolve(strict=True), Path(root).resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise InputError(
+            f"{path}: expected a file, got a link that leads nowhere or nothing at all; put the file in its place"
+        ) from error
+    if not file.is_file():
+        raise InputError(f"{path}: expected a regular file, got something else; remove it from the directory")
+    if not file.is_relative_to(directory) and file.parent != _blobs_of(directory):
+        raise InputError(
+            f"{path}: expected a file of this directory, got a link to a file outside it; "
+            "put the file itself there if it belongs to the model"
+        )
+    return file
+
+
+def _blobs_of(snapshot: Path) -> Path | None:
+    """Return where a Hugging Face cache keeps the files of one of its snapshots; None for any other directory."""
+    repository = snapshot.parent.parent
+    is_snapshot = snapshot.parent.name == "snapshots" and "--" in repository.name
+    return repository / "blobs" if is_snapshot else None
+
+
+def copy_regular(source: Path | str, target: Path | str, root: Path | str) -> None:
+    """Copy one file of a directory's, mode 0644; links are followed as `followed` says.
+
+    Args:
+        source: The file.
+        target: Where its copy appears.
+        root: The directory that the file belongs to.
+
+    Raises:
+        InputError: As `followed`.
+    """
+    shutil.copyfile(followed(source, root), target)
+    Path(target).chmod(0o644)

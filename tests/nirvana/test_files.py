@@ -1,13 +1,21 @@
 """Whole or not at all."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
 from nirvana.errors import InputError
-from nirvana.files import atomic_directory, atomic_file, read_json, sha256_directory, write_json
+from nirvana.files import (
+    atomic_directory,
+    atomic_file,
+    copy_regular,
+    read_json,
+    sha256_directory,
+    write_json,
+)
 
 
 def test_failed_file_leaves_the_old_one(tmp_path):
@@ -82,3 +90,59 @@ def test_directory_digest_sees_names_and_bytes(tmp_path):
         (folder / name).write_text(text)
         digests.add(sha256_directory(folder))
     assert len(digests) == 3
+
+
+@pytest.fixture
+def snapshot(tmp_path):
+    """A model as the cache of Hugging Face keeps it."""
+    repository = tmp_path / "models--acme--tiny"
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "blobs" / "a1").write_text("licence")
+    revision = repository / "snapshots" / "0123"
+    (revision / "templates").mkdir(parents=True)
+    (revision / "LICENSE").symlink_to("../../blobs/a1")
+    (revision / "templates" / "a.jinja").symlink_to("../../../blobs/a1")
+    return revision
+
+
+def test_links_inside_and_into_a_cache_are_followed(snapshot, tmp_path):
+    copy_regular(snapshot / "LICENSE", tmp_path / "a", snapshot)
+    copy_regular(snapshot / "templates" / "a.jinja", tmp_path / "b", snapshot)
+    (tmp_path / "reached").symlink_to(snapshot)  # the directory itself may be reached through a link
+    copy_regular(tmp_path / "reached" / "LICENSE", tmp_path / "c", tmp_path / "reached")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "one").write_text("licence")
+    (plain / "one").chmod(0o600)
+    (plain / "two").symlink_to("one")
+    copy_regular(plain / "two", tmp_path / "d", plain)
+    for name in "abcd":
+        assert (tmp_path / name).read_text() == "licence" and not (tmp_path / name).is_symlink()
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o644
+
+
+def test_links_elsewhere_are_refused_by_name(snapshot, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "a1").write_text("secret")
+    for place in (secret, tmp_path / "blobs" / "a1", "../secret", "../../../../secret"):
+        link = snapshot / "NOTICE"
+        link.symlink_to(place)
+        with pytest.raises(InputError, match="NOTICE: expected a file") as refused:
+            copy_regular(link, tmp_path / "out", snapshot)
+        assert "\n" not in str(refused.value)
+        link.unlink()
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "circle").symlink_to("circle")
+    (root / "nowhere").symlink_to("absent")
+    (root / "folder").mkdir()
+    os.mkfifo(root / "pipe")  # opening one would wait for a writer
+    for name in ("circle", "nowhere", "folder", "pipe", "absent"):
+        with pytest.raises(InputError, match=name):
+            copy_regular(root / name, tmp_path / "out", root)
