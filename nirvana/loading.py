@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
+from nirvana.architectures.registry import read_config
+from nirvana.directory_kind import refuse_adapter
 from nirvana.errors import InputError
 
 
@@ -19,12 +21,7 @@ def load_config(directory: Path | str) -> PreTrainedConfig:
     Raises:
         InputError: If there is no such checkpoint, or its configuration cannot be read.
     """
-    if not (Path(directory) / "config.json").is_file():
-        raise InputError(f"{directory}: expected a checkpoint directory with config.json, found none; check the path")
-    try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever transformers makes of odd values: no common class
-        raise _broken(directory, error) from error
+    return read_config(directory)
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -46,14 +43,27 @@ def load_model(directory: Path | str, device: torch.device | str = "cpu") -> Pre
         InputError: If there is no such checkpoint, or it cannot be read.
     """
     config = load_config(directory)
+    refuse_adapter((file.name for file in Path(directory).iterdir()), directory)
     try:
-        model = (
-            auto_class(config)
-            .from_pretrained(directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False)
-            .eval()
+        model, told = auto_class(config).from_pretrained(
+            directory,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise _broken(directory, error) from error
+    missing = sorted(told["missing_keys"])
+    if missing:  # transformers would put random numbers in their place
+        raise InputError(
+            f"{directory}: expected all weights of a {config.model_type} model, found no {missing[0]} "
+            f"({len(missing)} missing); configuration and weights do not belong together, or the names of the weights "
+            'are not those that transformers reads: `nirvana.text_part.write_text_part("DIR", "OTHER_DIR")` writes '
+            "them anew where NIRVANA knows them"
+        )
+    model = model.eval()
     torch.nn.Module.to(model, device)  # transformers' own `to` only adds checks for quantised models
     return model
 

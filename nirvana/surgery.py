@@ -25,7 +25,7 @@ from nirvana.plan import PLAN_NAME, Plan
 from nirvana.slicing import Slicer
 from nirvana.solved import Fit, read_solved, solved_parameters
 from nirvana.walk import Execution, Stack
-from nirvana.weights import FLOAT_TYPES, INDEX_NAME, WeightFiles, model_digest
+from nirvana.weights import FLOAT_TYPES, INDEX_NAME, WEIGHTS_NAME, WeightFiles, model_digest
 
 # the tokenizer, how to generate, the licence; adapters, other weights and code stay behind
 _CARRIED = (
@@ -162,7 +162,7 @@ def _write_weights(
         files.setdefault(weights.file_of[stored].name, {})[name] = stored
     for file_name, names in sorted(files.items()):
         _write_file(weights, slicer, directory / file_name, names, solved, on_tensor)
-    if len(files) > 1:
+    if list(files) != [WEIGHTS_NAME]:  # a single shard of another name is found by its index only
         weight_map = {name: file_name for file_name, names in files.items() for name in names}
         total = _checkpoint_bytes(weights, slicer, written)
         write_json(directory / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})

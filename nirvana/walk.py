@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from nirvana.architectures.architecture import Architecture, Parameters, Streams
 from nirvana.architectures.registry import describe
+from nirvana.directory_kind import refuse_adapter
 from nirvana.errors import InputError
+from nirvana.layout import has_layer, layout_of
 from nirvana.weights import FLOAT_TYPES, WeightFiles, to_compute
 
 Execution = Literal["resident", "streamed"]
@@ -61,17 +63,19 @@ class Stack:
             InputError: If the family is unknown, the model is quantised, or a file is missing, broken or of another
                 model.
         """
+        refuse_adapter(_top_names(model_directory), model_directory)
         weights = WeightFiles(model_directory)
 
         def check_depth(architecture: Architecture) -> None:
-            last = architecture.layer_prefix(max(0, architecture.num_layers - 1))
-            if not weights.under(last):  # before a skeleton of layers that do not exist is built
+            last = max(0, architecture.num_layers - 1)
+            if not has_layer(architecture, last, list(weights)):  # before a skeleton of absent layers is built
                 raise InputError(
-                    f"{last}*: expected parameters of layer {architecture.num_layers}, the last that config.json has, "
-                    "found none; the configuration and the weights do not belong together"
+                    f"{architecture.layer_prefix(last)}*: expected parameters of layer {architecture.num_layers}, the "
+                    "last that config.json has, found none; the configuration and the weights do not belong together"
                 )
 
         architecture = describe(model_directory, check_depth)
+        weights.arrange(layout_of(architecture, weights).stored)
         shapes = architecture.parameter_shapes
         stack = cls(architecture, weights, torch.device(device), execution)
         stack._check(shapes)
@@ -79,6 +83,13 @@ class Stack:
 
     def _check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Find a missing, odd or misshapen parameter now rather than in the middle of a walk."""
+        head = self.architecture.own_head_parameter
+        if head in shapes and head not in self.weights:
+            raise InputError(
+                f"{head}: expected the output head of its own that config.json says (tie_word_embeddings is false), "
+                "found none: the model was saved without it; save it again with AutoModelForCausalLM, or write "
+                '"tie_word_embeddings": true if the embedding is its head'
+            )
         for name, expected in shapes.items():
             if self.weights.shape(name) != expected:
                 raise InputError(
@@ -86,8 +97,9 @@ class Stack:
                     "the configuration and the weights do not belong together"
                 )
         for name in self.weights:
-            known = self.is_parameter(name) or self.architecture.is_superfluous(name)
-            if not known or self.weights.dtype(name) not in FLOAT_TYPES:
+            if self.architecture.is_superfluous(name) and not self.is_parameter(name):
+                continue
+            if not self.is_parameter(name) or self.weights.dtype(name) not in FLOAT_TYPES:
                 raise InputError(
                     f"{name}: expected the parameters of a {self.architecture.model_type} model in "
                     f"{', '.join(FLOAT_TYPES)}, got this one in {self.weights.dtype(name)}; choose another model"
@@ -208,6 +220,10 @@ class Stack:
     def head_weight(self) -> Tensor:
         """Return the output head as stored: `[vocab, hidden]`. Upcast a chunk at a time."""
         return self.weights[self.head_parameter]
+
+
+def _top_names(directory: Path | str) -> list[str]:
+    return [file.name for file in Path(directory).iterdir()] if Path(directory).is_dir() else []
 
 
 def as_streams(ids: Ids) -> tuple[Tensor, ...]:

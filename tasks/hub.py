@@ -108,7 +108,7 @@ def download_files(source: HubSource, commit: str, names: list[str], directory: 
     Args:
         source: Repository; its revision is not used.
         commit: The commit to download.
-        names: Files at the repository's top level.
+        names: Files, as paths in the repository.
         directory: Existing directory that receives them.
     """
     from huggingface_hub import snapshot_download
@@ -117,6 +117,7 @@ def download_files(source: HubSource, commit: str, names: list[str], directory: 
     _LOG.info("downloading %d files of %s at %s", len(names), source.repository, commit)
     snapshot_download(source.repository, revision=commit, local_dir=cache, allow_patterns=names)
     for name in names:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.move(cache / name, directory / name)
     shutil.rmtree(cache)
 

@@ -1,40 +1,44 @@
 """What a Hugging Face model directory must hold before anything is computed from it."""
 
 import json
+import logging
 import re
 import struct
 from pathlib import Path
 from typing import Any
 
+from nirvana.checkpoint.prose import PROSE
 from nirvana.errors import InputError
 from nirvana.files import read_json
+from nirvana.weight_names import INDEX_NAME, WEIGHTS_NAME
 
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-_TEXT_SUFFIXES = {".json", ".jinja", ".txt", ".model"}
+_LOG = logging.getLogger(__name__)
+
+_TEXT_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".vocab"}
+_LEGAL = re.compile(r"(licen[cs]e|notice|copying|copyright|use_policy)", re.IGNORECASE)
+_CHAT_TEMPLATE = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 _HEADER_LIMIT = 100 << 20  # bytes; the safetensors format allows no longer header
 
-PICKLE_REMEDY = (
-    "pickled weights (.bin, .pt) are not loaded because reading them can run code; convert them once with "
-    "`AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OTHER_DIR)` in a place where you trust them"
-)
 
-
-def wanted_files(names: list[str], trust_remote_code: bool) -> list[str]:
-    """Return the files of a model directory that are used: weights, configuration, tokenizer.
+def wanted_files(names: list[str], weights: list[str], trust_remote_code: bool) -> list[str]:
+    """Return the files of a model directory that are used: weights, configuration, tokenizer, licence.
 
     Args:
-        names: Paths relative to the directory; what lies deeper than its top level is ignored.
+        names: Paths relative to the directory; deeper than its top level, only further chat templates are taken.
+        weights: Those that hold the weights, as `nirvana.weight_names` tells.
         trust_remote_code: Whether the model's own Python files are taken along.
     """
     suffixes = _TEXT_SUFFIXES | ({".py"} if trust_remote_code else set())
-    return sorted(
-        name for name in names if "/" not in name and (_WEIGHTS.fullmatch(name) or Path(name).suffix in suffixes)
-    )
+    index = {INDEX_NAME} if weights != [WEIGHTS_NAME] else set()  # an index of other weights stays behind
 
+    def is_wanted(name: str) -> bool:
+        if "/" in name:
+            return bool(_CHAT_TEMPLATE.fullmatch(name))
+        if name.endswith(".index.json"):
+            return name in index
+        return Path(name).suffix in suffixes or bool(_LEGAL.match(name))
 
-def has_weights(names: list[str]) -> bool:
-    """Tell whether safetensors weights are among the names of files."""
-    return any(_WEIGHTS.fullmatch(name) for name in names)
+    return sorted({*weights, *filter(is_wanted, names)})
 
 
 def check_model_directory(directory: Path, trust_remote_code: bool = False) -> None:
@@ -47,20 +51,26 @@ def check_model_directory(directory: Path, trust_remote_code: bool = False) -> N
     config = read_json(directory / "config.json")
     if not isinstance(config, dict):
         raise InputError(f"{directory}/config.json: expected a JSON object, got a {type(config).__name__}")
-    for file in _weight_files(directory):
+    from nirvana.weights import weight_files  # imports torch
+
+    for file in weight_files(directory):
         check_safetensors(file)
     _check_vocabulary(directory, trust_remote_code)
 
 
 def check_architecture(directory: Path) -> None:
-    """Check that a directory's config.json is of a family that can be pruned; its weights may still be missing.
+    """Check that a directory's config.json is of a model that can be pruned; its weights may still be missing.
 
     Raises:
-        InputError: If there is no readable configuration, or it is of another family.
+        InputError: If there is no readable configuration, it is of another family or of a quantised model.
     """
-    from nirvana.architectures.registry import architecture_for, read_config
+    from nirvana.architectures.registry import architecture_for, check_supported, read_config
+    from nirvana.text_part import holds_text_part
 
-    architecture_for(read_config(directory))
+    config = read_config(directory)
+    check_supported(config, str(directory))
+    if not holds_text_part(config):
+        architecture_for(config)
 
 
 def check_safetensors(path: Path) -> None:
@@ -86,21 +96,15 @@ def check_safetensors(path: Path) -> None:
         raise InputError(f"{path}: expected {expected} bytes as its header says, got {size}; {remedy}")
 
 
-def vocabulary_size(directory: Path, trust_remote_code: bool = False) -> int:
+def vocabulary_size(directory: Path) -> int:
     """Return how many token ids the model of a directory has embeddings for.
 
     Raises:
         InputError: If transformers does not know the configuration, or it names no vocabulary.
     """
-    from transformers import AutoConfig
+    from nirvana.architectures.registry import read_config
 
-    try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        raise InputError(
-            f"{directory}/config.json: transformers cannot read this configuration ({_one_line(error)}); "
-            "choose a model that the installed transformers knows"
-        ) from error
+    config = read_config(directory)
     size = getattr(config.get_text_config(), "vocab_size", None)
     if not isinstance(size, int):
         raise InputError(f"{directory}/config.json: expected vocab_size, found none; choose a language model")
@@ -124,26 +128,28 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    from nirvana.weights import weight_files  # imports torch
-
-    try:
-        return weight_files(directory)
-    except InputError as error:
-        pickled = sorted(file.name for file in directory.iterdir() if file.suffix in {".bin", ".pt", ".pth"})
-        if not pickled:
-            raise
-        raise InputError(f"{error}; found {pickled[0]}: {PICKLE_REMEDY}") from error
+def tokens_of(directory: Path) -> list[int]:
+    """Return the token ids of a page of prose, as the tokenizer of a directory has them."""
+    ids: list[int] = load_tokenizer(directory)(PROSE)["input_ids"]
+    return ids
 
 
 def _check_vocabulary(directory: Path, trust_remote_code: bool) -> None:
-    tokens = len(load_tokenizer(directory, trust_remote_code))
-    size = vocabulary_size(directory, trust_remote_code)
-    if tokens > size:
+    tokenizer, size = load_tokenizer(directory, trust_remote_code), vocabulary_size(directory)
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= size}
+    if not beyond:
+        return
+    if not set(beyond.values()) <= set(tokenizer.all_special_ids):
         raise InputError(
-            f"{directory}: tokenizer and model do not fit: the tokenizer has {tokens} tokens, the model's vocab_size "
-            f"is {size}; use the tokenizer that the model was trained with"
+            f"{directory}: tokenizer and model do not fit: the tokenizer has {len(tokenizer)} tokens, the model's "
+            f"vocab_size is {size}; use the tokenizer that the model was trained with"
         )
+    _LOG.warning(
+        "the tokenizer has special tokens that the model has no embedding for (%s, vocab_size %d): no text may hold "
+        "them, and nothing may be padded with them",
+        ", ".join(sorted(beyond)[:5]),
+        size,
+    )
 
 
 def _one_line(error: BaseException) -> str:

@@ -22,7 +22,7 @@ class HubSource:
 
 @dataclass(frozen=True)
 class PathSource:
-    """A local directory, file or glob, relative to the working directory."""
+    """A local directory, file or glob, relative to the working directory; `~` is the home directory."""
 
     path: Path
 
@@ -55,7 +55,13 @@ def parse_source(source: str) -> Source:
         return _parse_pypi(source, rest)
     if not rest:
         raise InputError(f"source {source!r}: expected path:PATH, got no path; name a directory or a file")
-    return PathSource(Path(rest))
+    try:
+        return PathSource(Path(rest).expanduser())
+    except RuntimeError:  # ~ of nobody that the system knows
+        raise InputError(
+            f"source {source!r}: expected a path, got a home directory that the system does not know; "
+            "write it out in full"
+        ) from None
 
 
 def _parse_hub(source: str, rest: str) -> HubSource:

@@ -6,7 +6,7 @@ of the family's stock configuration, and nothing else lists the families.
 
 import pkgutil
 
-_SHARED = {"architecture", "decoder", "registry", "site"}
+_SHARED = {"architecture", "decoder", "registry", "site", "wrappers"}
 
 
 def family_names() -> list[str]:

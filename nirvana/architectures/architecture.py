@@ -35,6 +35,8 @@ class Architecture(ABC):
     is_encoder_decoder: ClassVar[bool] = False
     gguf_layout: ClassVar[bool] = False
     """Whether llama.cpp computes this family with layers of different sizes: the layout of its `llama` and `deci`."""
+    base_prefix: ClassVar[str] = ""
+    """What the names of all parameters but the head's begin with; a model saved without its head has them without."""
     embedding_parameter: str
     """Name of the embedding's weight, which is also the head where the model has none of its own."""
     own_head_parameter = "lm_head.weight"
@@ -95,6 +97,10 @@ class Architecture(ABC):
     def stored_name(self, name: str) -> str:
         """Return the parameter that a dense checkpoint holds in place of one that it does not have."""
         return name
+
+    def fused_place(self, name: str) -> tuple[str, tuple[int | slice, ...], tuple[int, ...]] | None:
+        """Return where another layout of the family keeps a parameter: a tensor, the part of it, the tensor's shape."""
+        return None
 
     def experts(self) -> tuple[int, int]:
         """Return how many experts a layer has and how many of them a token meets; (1, 1) without any."""

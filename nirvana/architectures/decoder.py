@@ -29,6 +29,7 @@ class DecoderArchitecture(Architecture):
     deviates: a class attribute where the difference is a value, a method where it is a layout.
     """
 
+    base_prefix = "model."
     embedding_parameter = "model.embed_tokens.weight"
     norm_prefix = "model.norm."
     qkv_bias: bool | str = False

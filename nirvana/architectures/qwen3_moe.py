@@ -1,8 +1,10 @@
-"""Qwen3-MoE: neurons live inside experts. A checkpoint stores expert by expert, the module runs one fused tensor.
+"""Qwen3-MoE: neurons live inside experts. The module runs one fused tensor, which a checkpoint stores expert by expert.
 
+Or as it is, where it was saved with `save_original_format=False`: both are read, the first is written.
 All experts of a layer therefore keep equally many neurons; which ones is each expert's own matter.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +41,19 @@ class Qwen3Moe(DecoderArchitecture):
     def fused_parameters(self, layer: int) -> list[str]:
         """Return every expert's matrices."""
         return [name for name in self.layer_parameters(layer) if ".mlp.experts." in name]
+
+    def fused_place(self, name: str) -> tuple[str, tuple[int | slice, ...], tuple[int, ...]] | None:
+        """Return where one expert's matrix is in the layer's fused tensor: gate above up."""
+        match = re.fullmatch(r"(.+\.mlp\.experts\.)(\d+)\.(gate|up|down)_proj\.weight", name)
+        if match is None:
+            return None
+        fused, expert, matrix = match[1], int(match[2]), match[3]
+        shape, experts = self.parameter_shapes[name], self.config.num_experts
+        if matrix == "down":
+            return f"{fused}down_proj", (expert,), (experts, *shape)
+        rows = shape[0]
+        part = slice(0, rows) if matrix == "gate" else slice(rows, 2 * rows)
+        return f"{fused}gate_up_proj", (expert, part), (experts, 2 * rows, shape[1])
 
     def _has_experts(self, layer: int) -> bool:
         config = self.config

@@ -5,7 +5,6 @@ KV head, in every layer and whatever their number; the file can be compared with
 tool that adds back removed units finds their places free.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +15,12 @@ from nirvana.architectures.site import Slot
 from nirvana.checkpoint.export_hf import TOLERANCE, every_position, measure_in_transformers
 from nirvana.checkpoint.export_source import Format, Options, Source, check_space
 from nirvana.checkpoint.safetensors_stream import stream_safetensors
+from nirvana.config_values import config_values
 from nirvana.errors import InputError
 from nirvana.files import write_json
 from nirvana.plan import Plan
 from nirvana.surgery import copy_companions
-from nirvana.weights import INDEX_NAME
+from nirvana.weights import INDEX_NAME, WEIGHTS_NAME
 
 
 def _prepare(source: Source, options: Options) -> None:
@@ -35,18 +35,18 @@ def _prepare(source: Source, options: Options) -> None:
 def _write(source: Source, options: Options, directory: Path) -> Plan:
     dense = source.dense.weights
     check_space(directory, sum(file.stat().st_size for file in set(dense.file_of.values())))
-    config = json.loads((source.model / "config.json").read_text(encoding="utf-8"))
+    config = config_values(source.model)
     write_json(directory / "config.json", {key: value for key, value in config.items() if key != "auto_map"})
     padding = _Padding(source)
     files: dict[str, list[str]] = {}
-    for name in sorted(dense):
+    for name in filter(source.dense.is_parameter, sorted(dense)):
         files.setdefault(dense.file_of[name].name, []).append(name)
     for file_name, names in sorted(files.items()):
         described = {name: (dense.dtype(name), dense.shape(name)) for name in names}
         stream_safetensors(directory / file_name, described, padding)
-    if len(files) > 1:
+    if list(files) != [WEIGHTS_NAME]:  # a single shard of another name is found by its index only
         weight_map = {name: file_name for file_name, names in files.items() for name in names}
-        total = sum(dense[name].nbytes for name in dense)
+        total = sum(dense[name].nbytes for name in weight_map)
         write_json(directory / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
     copy_companions(source.checkpoint, directory)
     return source.plan

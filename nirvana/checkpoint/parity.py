@@ -123,6 +123,7 @@ def masked_logits(
     """
     stack = Stack.open(model_directory, execution="streamed")
     weights = MaskedWeights(model_directory, stack.architecture.sites(), keep, updates)
+    weights.arrange(stack.weights.layout)
     masked = dataclasses.replace(stack, weights=weights)
     hidden = dense_hidden_states(masked, ids)[0, torch.from_numpy(positions)]
     head = masked.head_weight()

@@ -148,11 +148,14 @@ def test_only_an_earlier_checkpoint_is_replaced(tmp_path):
     assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "thesis.txt").read_text() == "mine"
 
 
-def test_an_adapter_does_not_travel(tmp_path):
+def test_an_adapter_beside_a_model_is_refused(tmp_path):
+    """transformers adds it to the weights when it loads the directory; the walk does not."""
     model = save_family("llama", tmp_path / "dense")
+    plan = plan_for(model)
     (model / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
-    prune(model, plan_for(model), tmp_path / "pruned")
-    assert not (tmp_path / "pruned" / "adapter_config.json").exists()
+    for refused in (lambda: prune(model, plan, tmp_path / "pruned"), lambda: load_model(model)):
+        with pytest.raises(InputError, match=r"files of an adapter beside it \(adapter_config\.json\)"):
+            refused()
 
 
 def test_full_disk_leaves_nothing(tmp_path):

@@ -12,6 +12,8 @@ import pytest
 from tiny import tiny_llama
 
 from nirvana.errors import InputError
+from nirvana.weight_names import INDEX_NAME, weight_names
+from nirvana.weights import weight_files
 from tasks import pypi
 from tasks.gguf_model import convert_gguf
 from tasks.model_directory import check_model_directory, check_safetensors, vocabulary_size, wanted_files
@@ -173,10 +175,64 @@ def test_wanted_files_are_never_pickled_nor_nested():
         "code.py",
         "onnx/config.json",
     ]
-    assert wanted_files(names, trust_remote_code=False) == ["config.json", "merges.txt", "model.safetensors"]
-    assert "code.py" in wanted_files(names, trust_remote_code=True)
-    shards = ["model-00001-of-00002.safetensors", "consolidated.safetensors"]
-    assert wanted_files(shards, trust_remote_code=False) == shards[:1]
+    weights = ["model.safetensors"]
+    assert wanted_files(names, weights, trust_remote_code=False) == ["config.json", "merges.txt", "model.safetensors"]
+    assert "code.py" in wanted_files(names, weights, trust_remote_code=True)
+
+
+def test_what_a_tokenizer_and_a_licence_need_is_wanted():
+    wanted = ["LICENSE", "NOTICE.md", "additional_chat_templates/tools.jinja", "chat_template.jinja", "spiece.model"]
+    wanted += [
+        "qwen.tiktoken",
+        "sentencepiece.bpe.model",
+        "tekken.json",
+        "tokenizer.model",
+        "vocab.txt",
+        "USE_POLICY.md",
+    ]
+    left = ["README.md", "additional_chat_templates/deep/x.jinja", "model.safetensors.index.json", "runs/vocab.txt"]
+    left += ["pytorch_model.bin.index.json", "flax_model.msgpack", "consolidated.safetensors", "model.gguf"]
+    weights = ["model.safetensors"]
+    assert wanted_files([*wanted, *left], weights, trust_remote_code=False) == sorted([*wanted, *weights])
+
+
+ONE, TWO = "model-00001-of-000002.safetensors", "model-00002-of-000002.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("names", "listed", "weights"),
+    [
+        (["model.safetensors"], None, ["model.safetensors"]),
+        ([INDEX_NAME, ONE, TWO, "consolidated.safetensors"], [ONE, TWO], [ONE, TWO]),  # six digits
+        ([INDEX_NAME, "of any name.safetensors", "b.safetensors"], ["of any name.safetensors"], None),
+        # as transformers: the whole file goes before an index
+        (["model.safetensors", INDEX_NAME, ONE], [ONE], ["model.safetensors"]),
+        (["weights.safetensors", "adapter_model.safetensors"], None, ["weights.safetensors"]),
+        ([ONE, TWO], None, []),  # which belong together?
+        (["consolidated.safetensors"], None, []),
+        (["pytorch_model.bin", "x/model.safetensors"], None, []),
+    ],
+)
+def test_one_function_says_which_files_are_weights(names, listed, weights, tmp_path):
+    """For a list of names and for a directory that holds them."""
+    index = {"weight_map": {str(number): name for number, name in enumerate(listed or [])}}
+    weights = listed if weights is None else weights
+    assert weight_names(names, lambda: index, "place") == weights
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(index) if name == INDEX_NAME else "")
+    if weights:
+        assert [file.name for file in weight_files(tmp_path)] == weights
+    else:
+        with pytest.raises(InputError, match=r"expected the weight file model\.safetensors or an index"):
+            weight_files(tmp_path)
+
+
+def test_home_directory_is_spelled_out(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse_source("path:~/models/x") == PathSource(tmp_path / "models" / "x")
+    with pytest.raises(InputError, match="home directory that the system does not know"):
+        parse_source("path:~nobody-of-that-name/x")
 
 
 @pytest.fixture
@@ -268,10 +324,10 @@ def empty_index(model: Path) -> None:
         (empty, "model.safetensors: expected a safetensors header, got 0 bytes"),
         (garble_header, "model.safetensors: expected a safetensors header, got something else"),
         (header_of_another_shape, "model.safetensors: expected a safetensors header, got something else"),
-        (pickled, "pytorch_model.bin: pickled weights .* are not loaded .* convert them"),
+        (pickled, "pytorch_model.bin; pickled weights .* are not loaded .* convert them"),
         (lose_config, "config.json: expected a JSON file"),
         (garble_config, "config.json: expected JSON"),
-        (unknown_family, "config.json: transformers cannot read"),
+        (unknown_family, "config.json: expected the configuration of one of gemma3_text"),
         (lose_tokenizer, "expected tokenizer files"),
         (garble_tokenizer, "expected tokenizer files"),
         (small_vocabulary, "tokenizer has [0-9]+ tokens, the model's vocab_size is 300"),
