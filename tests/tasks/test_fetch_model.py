@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -140,3 +141,179 @@ def test_default_source_becomes_a_model_that_speaks(tmp_path):
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     answer = model.generate(**prompt, max_new_tokens=3, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0])
+
+
+# -- every way in which people store a model -----------------------------------------------------------------------
+
+
+def loads_as(model: Path, fetched: Path) -> None:
+    """What was fetched loads in stock transformers as the model that was given."""
+    import torch
+    from tiny import random_ids
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ids = random_ids(2, 12)
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(model)(ids).logits
+        got, told = AutoModelForCausalLM.from_pretrained(fetched, output_loading_info=True)
+        assert not told["missing_keys"] and torch.equal(got(ids).logits, expected)
+    assert len(AutoTokenizer.from_pretrained(fetched)) == len(AutoTokenizer.from_pretrained(model)) > 300
+
+
+def stored_anew(model: Path, rename, file: str = "model.safetensors") -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    save_file({rename(name): tensor for name, tensor in tensors.items()}, model / file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "weights.safetensors"])
+@pytest.mark.parametrize("prefix", ["", "model.", "_orig_mod.model.", "model.language_model."])
+def test_what_is_fetched_always_loads_in_transformers(model, tmp_path, prefix, file):
+    given = shutil.copytree(model, tmp_path / "given")
+    stored_anew(given, lambda name: prefix + name.removeprefix("model."), file)
+    fetched = fetch(f"path:{given}", tmp_path / "out")
+    assert (fetched / "model.safetensors").is_file() and not (fetched / "weights.safetensors").exists()
+    loads_as(model, fetched)
+
+
+def test_shards_of_any_names_are_fetched(model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    given = shutil.copytree(model, tmp_path / "given")
+    tensors = load_file(given / "model.safetensors")
+    (given / "model.safetensors").unlink()
+    files = ["model-00001-of-000002.safetensors", "model-00002-of-000002.safetensors"]
+    file_of = {name: files[number % 2] for number, name in enumerate(sorted(tensors))}
+    for file in files:
+        save_file({name: tensors[name] for name in tensors if file_of[name] == file}, given / file, {"format": "pt"})
+    (given / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": file_of}))
+    (given / "consolidated.safetensors").write_bytes(b"the same model again")
+    (given / "pytorch_model.bin.index.json").write_text("{}")
+    (given / "tf_model.h5").write_bytes(b"and again")
+    fetched = fetch(f"path:{given}", tmp_path / "out")
+    names = {file.name for file in fetched.iterdir()}
+    assert {*files, "model.safetensors.index.json"} <= names
+    assert not names & {"consolidated.safetensors", "pytorch_model.bin.index.json", "tf_model.h5"}
+    loads_as(model, fetched)
+
+
+def test_tokenizer_files_templates_and_licence_come_along(model, tmp_path):
+    wanted = ["LICENSE", "NOTICE.txt", "chat_template.jinja", "additional_chat_templates/tools.jinja", "x.tiktoken"]
+    wanted += ["spiece.model", "sentencepiece.bpe.model", "tekken.json"]
+    (model / "additional_chat_templates").mkdir()
+    for name in wanted:
+        (model / name).write_text("{}")
+    fetched = fetch(f"path:{model}", tmp_path / "out")
+    assert all((fetched / name).read_text() == "{}" for name in wanted)
+    assert (fetched / "LICENSE").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "tokenizer.json", "model.safetensors", "config.json"])
+def test_a_link_to_a_file_elsewhere_is_refused(model, tmp_path, name):
+    secret = tmp_path / "secret"
+    if (model / name).exists():
+        (model / name).rename(secret)
+    else:
+        secret.write_text("secret")
+    (model / name).symlink_to(secret)
+    with pytest.raises(InputError, match=f"{name}: expected a file of this directory, got a link"):
+        fetch(f"path:{model}", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_snapshot_of_the_hubs_cache_is_fetched_through_its_links(model, tmp_path):
+    repository = tmp_path / "models--acme--tiny"
+    snapshot = repository / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for number, file in enumerate(sorted(model.iterdir())):
+        shutil.copyfile(file, repository / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    fetched = fetch(f"path:{snapshot}", tmp_path / "out")
+    assert not any(file.is_symlink() for file in fetched.iterdir())
+    loads_as(model, fetched)
+    with pytest.raises(InputError, match=r"name the directory that was meant: .*snapshots/0123abcd$"):
+        fetch(f"path:{repository}", tmp_path / "other")
+
+
+def test_home_directory_is_found(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert (fetch("path:~/model", tmp_path / "out") / "config.json").is_file()
+
+
+def test_adapters_are_refused_before_anything_is_copied(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.copyfile", lambda *names: pytest.fail("something was copied"))
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for directory in (alone, model):
+        (directory / "adapter_config.json").write_text('{"base_model_name_or_path": "acme/base"}')
+        (directory / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match=r"found an adapter of acme/base; merge it first"):
+        fetch(f"path:{alone}", tmp_path / "out")
+    with pytest.raises(InputError, match=r"got the files of an adapter beside it \(adapter_config\.json, "):
+        fetch(f"path:{model}", tmp_path / "out")
+
+
+def test_the_newest_checkpoint_of_a_trainer_is_named(model, tmp_path):
+    for number in (500, 1500):
+        shutil.copytree(model, tmp_path / "run" / f"checkpoint-{number}")
+    with pytest.raises(InputError, match=r"name the directory that was meant: .*run/checkpoint-1500 \(or"):
+        fetch(f"path:{tmp_path}/run", tmp_path / "out")
+
+
+def test_quantised_models_are_refused_before_anything_is_copied(model, tmp_path, monkeypatch):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    monkeypatch.setattr("shutil.copyfile", lambda *names: pytest.fail("something was copied"))
+    with pytest.raises(InputError, match=r"got a quantised model \('gptq'\)"):
+        fetch(f"path:{model}", tmp_path / "out")
+
+
+def test_old_spellings_are_written_in_todays_words(model, tmp_path):
+    config = json.loads((model / "config.json").read_text())
+    given = config | {"pad_token_id": -1, "architectures": ["LLaMAForCausalLM"], "max_sequence_length": 1024}
+    (model / "config.json").write_text(json.dumps(given))
+    fetched = fetch(f"path:{model}", tmp_path / "out")
+    assert json.loads((fetched / "config.json").read_text()) == given | {"pad_token_id": None}
+    loads_as(model, fetched)
+
+
+def test_a_special_token_without_an_embedding_is_said_and_no_obstacle(model, tmp_path, caplog):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens([f"filling{number}" for number in range(512 - len(tokenizer))])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(model)
+    fetch(f"path:{model}", tmp_path / "out")
+    assert "special tokens that the model has no embedding for ([PAD], vocab_size 512)" in caplog.text
+    tokenizer.add_tokens(["ordinary"])
+    tokenizer.save_pretrained(model)
+    with pytest.raises(InputError, match="tokenizer and model do not fit"):
+        fetch(f"path:{model}", tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl"])
+def test_the_text_part_of_a_wrapper_is_taken_out(name, tmp_path, caplog):
+    import torch
+    from tiny import random_ids, tiny_tokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from wrappers import save_wrapper
+
+    caplog.set_level("INFO")
+    whole = save_wrapper(name, tmp_path / "whole", shard_size="60KB")
+    tiny_tokenizer().save_pretrained(whole)
+    for file in ("preprocessor_config.json", "processor_config.json", "chat_template.json", "LICENSE"):
+        (whole / file).write_text("{}")
+    fetched = fetch(f"path:{whole}", tmp_path / "out")
+    names = {file.name for file in fetched.iterdir()}
+    assert {"chat_template.json", "LICENSE", "tokenizer.json", "generation_config.json"} <= names
+    assert not names & {"preprocessor_config.json", "processor_config.json"}
+    assert json.loads((fetched / "nirvana_source.json").read_text())["text_part_of"] == name
+    assert f"the text part of a {name} model" in caplog.text
+    ids = random_ids(2, 12)
+    with torch.no_grad():
+        expected = AutoModelForImageTextToText.from_pretrained(whole)(input_ids=ids).logits
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(fetched)(input_ids=ids).logits, expected)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from hub_stand_in import COMMIT, Hub, hub_stand_in
-from tiny import tiny_llama
+from tiny import tiny_llama, tiny_tokenizer
+from wrappers import save_wrapper
 
 ROOT = Path(__file__).parents[2]
 
@@ -154,6 +155,45 @@ def test_model_that_the_hub_cannot_give(source, reason, hub_model, tmp_path):
     assert last.startswith("InputError: ") and reason in last
     assert not (tmp_path / "data" / "model").exists()
     assert not [request for request in hub.requests if request.endswith(".safetensors")], "weights were asked for"
+
+
+@pytest.mark.slow
+def test_wrapper_of_the_hub_in_shards_of_odd_names(tmp_path):
+    """The index is asked for first; its shards, the licence and further chat templates come, the text part stays."""
+    model = save_wrapper("mistral3", tmp_path / "model", shard_size="60KB")
+    tiny_tokenizer().save_pretrained(model)
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    renames = {name: name.replace("model-0", "part-00") for name in set(index["weight_map"].values())}
+    for old, new in renames.items():
+        (model / old).rename(model / new)
+    index["weight_map"] = {tensor: renames[name] for tensor, name in index["weight_map"].items()}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model / "additional_chat_templates").mkdir()
+    for name in ("LICENSE", "additional_chat_templates/tools.jinja", "consolidated.safetensors"):
+        (model / name).write_text("x")
+    with hub_stand_in({"models/acme/whole": model}) as hub:
+        done = fetch(hub, "fetch_model", "model", model_values("hf:acme/whole@v1.0"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    fetched = tmp_path / "data" / "model"
+    assert (fetched / "additional_chat_templates" / "tools.jinja").read_text() == "x"
+    assert (fetched / "LICENSE").is_file()
+    record = json.loads((fetched / "nirvana_source.json").read_text())
+    assert record["resolved"] == f"hf:acme/whole@{COMMIT}" and record["text_part_of"] == "mistral3"
+    assert json.loads((fetched / "config.json").read_text())["model_type"] == "mistral"
+    assert not [request for request in hub.requests if "consolidated" in request]
+    assert not [file for file in fetched.iterdir() if file.name.startswith(".")]
+
+
+@pytest.mark.slow
+def test_adapter_of_the_hub_is_named(tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "acme/base"}')
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    with hub_stand_in({"models/acme/adapter": adapter}) as hub:
+        done = fetch(hub, "fetch_model", "model", model_values("hf:acme/adapter@v1.0"), tmp_path)
+    last = done.stderr.strip().splitlines()[-1]
+    assert "found an adapter of acme/base; merge it first" in last and 'from_pretrained("acme/adapter")' in last
 
 
 def test_hub_out_of_reach(tmp_path):
