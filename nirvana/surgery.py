@@ -19,6 +19,7 @@ from torch import Tensor
 from nirvana.checkpoint import modeling_nirvana
 from nirvana.checkpoint.config import MODELING_FILE, pruned_config
 from nirvana.checkpoint.safetensors_stream import stream_safetensors
+from nirvana.checkpoint.tokenizer import carry, read_if_any
 from nirvana.errors import InputError
 from nirvana.files import atomic_directory, write_json
 from nirvana.plan import PLAN_NAME, Plan
@@ -27,21 +28,6 @@ from nirvana.solved import Fit, read_solved, solved_parameters
 from nirvana.walk import Execution, Stack
 from nirvana.weights import FLOAT_TYPES, INDEX_NAME, WEIGHTS_NAME, WeightFiles, model_digest
 
-# the tokenizer, how to generate, the licence; adapters, other weights and code stay behind
-_CARRIED = (
-    "tokenizer*.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.tiktoken",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -55,6 +41,7 @@ def prune(
     device: torch.device | str = "cpu",
     execution: Execution = "resident",
     on_layer: Callable[[int], None] = lambda layer: None,
+    page: tuple[str, ...] = (),
 ) -> None:
     """Write the pruned checkpoint that a plan describes.
 
@@ -70,11 +57,12 @@ def prune(
         device: Where compensation computes.
         execution: Whether weights stay in memory once compensation has read them.
         on_layer: Called after each layer that is compensated, for progress.
+        page: Texts on which the checkpoint's tokenizer is compared with the dense model's, beside a page of our own.
 
     Raises:
         InputError: If the plan is for another model, a file is broken, the target holds something else, the
-            calibration file is missing or another one, or the disk is too small (nothing is left under the final
-            name).
+            calibration file is missing or another one, the tokenizer cannot be read or would read other ids from the
+            checkpoint, or the disk is too small (nothing is left under the final name).
     """
     source, target = Path(model_directory).resolve(), Path(checkpoint_directory).resolve()
     _check_target(source, target)
@@ -82,6 +70,7 @@ def prune(
     architecture, weights = stack.architecture, stack.weights
     sites = architecture.sites()
     plan.check_fits(sites, model_digest(source) if match_digest else None)
+    tokenizer = read_if_any(source)
     slicer = Slicer(sites, plan.keep)
     config = pruned_config(architecture, plan.keep)
     written = _written(stack, stock=config["model_type"] == architecture.model_type)
@@ -98,7 +87,7 @@ def prune(
             if "auto_map" in config:
                 shutil.copyfile(modeling_nirvana.__file__, temporary / MODELING_FILE)
             plan.write(temporary / PLAN_NAME)
-            copy_companions(source, temporary)
+            carry(source, temporary, tokenizer, page)
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
@@ -185,11 +174,3 @@ def _write_file(
         return read_solved(solved, name) if name in solved else slicer.apply(name, weights[stored[name]])
 
     stream_safetensors(path, header, read)
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy the tokenizer, generation settings and licence; never code, never other weights."""
-    for pattern in _CARRIED:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file() and file.name != INDEX_NAME:
-                shutil.copyfile(file, target / file.name)

@@ -24,9 +24,9 @@ from nirvana.architectures.architecture import Architecture
 from nirvana.architectures.registry import architecture_for
 from nirvana.checkpoint.config import pruned_config
 from nirvana.checkpoint.safetensors_stream import stream_safetensors
+from nirvana.checkpoint.tokenizer import carry, read_if_any
 from nirvana.errors import InputError
 from nirvana.files import atomic_directory, write_json
-from nirvana.surgery import copy_companions
 from nirvana.walk import FORWARD_TOKENS, Ids, Stack, as_streams, microbatches, part_of, walk_forward
 from nirvana.weights import INDEX_NAME, WEIGHTS_NAME
 
@@ -74,7 +74,7 @@ def write_shortgpt(
                 "requested_ratio": pruning_ratio,
             },
         )
-        copy_companions(Path(model_directory), temporary)
+        carry(Path(model_directory), temporary, read_if_any(Path(model_directory)))
     return achieved
 
 

@@ -22,8 +22,8 @@ from nirvana.checkpoint import llama_cpp
 from nirvana.checkpoint.export_source import Format, Measured, Options, Source, check_space
 from nirvana.checkpoint.gguf_tokenizer import describe_tokenizer
 from nirvana.checkpoint.parity import Parity, model_logits
-from nirvana.checkpoint.parity_ids import read_tokenizer
-from nirvana.checkpoint.prose import PROSE
+from nirvana.checkpoint.tokenizer_page import HARD, ORDINARY, Difference
+from nirvana.checkpoint.tokenizer_page import ids as ids_of
 from nirvana.errors import InputError
 from nirvana.loading import load_model
 from nirvana.plan import Plan
@@ -183,7 +183,13 @@ def _context_length(stack: Stack) -> int:
 def _write(source: Source, options: Options, directory: Path) -> Plan:
     gguf = gguf_package()
     stack = source.pruned
-    tokenizer = describe_tokenizer(read_tokenizer(source.checkpoint), stack.architecture.vocab_size)
+    read = source.tokenizer()
+    if read is None:
+        raise InputError(
+            f"{source.checkpoint}: expected a tokenizer, which a GGUF file holds too, found none; put the dense "
+            "model's tokenizer files there"
+        )
+    tokenizer = describe_tokenizer(read, stack.architecture.vocab_size)
     entries = _entries(stack, options.weight_type)
     check_space(directory, sum(_bytes(entry) for entry in entries))
     writer = gguf.GGUFWriter(_file(directory, options.weight_type), gguf.MODEL_ARCH_NAMES[_architecture(stack)])
@@ -276,9 +282,16 @@ def _measure(source: Source, directory: Path, ids: Any, positions: NDArray[np.in
 
 
 def _compare_tokens(source: Source, file: Path) -> None:
-    """Warn where llama.cpp cuts text into other tokens than the tokenizer does."""
-    if llama_cpp.tokenize(file, PROSE) != read_tokenizer(source.checkpoint)(PROSE, verbose=False)["input_ids"]:
-        _LOG.warning("llama.cpp cuts text into other tokens than this tokenizer: prompt it with token ids")
+    """Refuse a file from which llama.cpp cuts a page of text into other tokens than the dense model's tokenizer."""
+    tokenizer, page = source.tokenizer(), tuple(text for text in (*ORDINARY, *HARD) if text)
+    for text, told in zip(page, llama_cpp.tokenize_each(file, page), strict=True):
+        expected = ids_of(tokenizer, text, special=True)
+        if told != expected:
+            raise InputError(
+                "gguf: expected llama.cpp to cut text into the tokens of the dense model's tokenizer, it cuts "
+                f"{Difference(text, expected, told).line()}; nothing was written: it knows no way to cut text as this "
+                "tokenizer does; use --to hf, uniform or padded"
+            )
 
 
 @torch.no_grad()

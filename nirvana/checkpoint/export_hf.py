@@ -12,8 +12,8 @@ from nirvana.checkpoint import modeling_nirvana
 from nirvana.checkpoint.config import MODELING_FILE
 from nirvana.checkpoint.export_source import Format, Measured, Options, Source, check_space
 from nirvana.checkpoint.parity import loaded_logits
+from nirvana.checkpoint.tokenizer import carry
 from nirvana.plan import Plan
-from nirvana.surgery import copy_companions
 from nirvana.weights import INDEX_NAME
 
 TOLERANCE = 1e-4
@@ -41,7 +41,7 @@ def _write(source: Source, options: Options, directory: Path) -> Plan:
     if "auto_map" in json.loads((directory / "config.json").read_text(encoding="utf-8")):
         # this release's own file, which the comparison has run: a file from a directory is never trusted
         shutil.copyfile(modeling_nirvana.__file__, directory / MODELING_FILE)
-    copy_companions(source.checkpoint, directory)
+    carry(source.checkpoint, directory, source.tokenizer())
     return source.plan
 
 

@@ -15,11 +15,11 @@ from nirvana.architectures.site import Slot
 from nirvana.checkpoint.export_hf import TOLERANCE, every_position, measure_in_transformers
 from nirvana.checkpoint.export_source import Format, Options, Source, check_space
 from nirvana.checkpoint.safetensors_stream import stream_safetensors
+from nirvana.checkpoint.tokenizer import carry
 from nirvana.config_values import config_values
 from nirvana.errors import InputError
 from nirvana.files import write_json
 from nirvana.plan import Plan
-from nirvana.surgery import copy_companions
 from nirvana.weights import INDEX_NAME, WEIGHTS_NAME
 
 
@@ -48,7 +48,7 @@ def _write(source: Source, options: Options, directory: Path) -> Plan:
         weight_map = {name: file_name for file_name, names in files.items() for name in names}
         total = sum(dense[name].nbytes for name in weight_map)
         write_json(directory / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    copy_companions(source.checkpoint, directory)
+    carry(source.checkpoint, directory, source.tokenizer())
     return source.plan
 
 

@@ -12,8 +12,10 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nirvana.checkpoint.companions import has_tokenizer
 from nirvana.checkpoint.parity import Parity
 from nirvana.checkpoint.recovered import RECOVERY_NAME
+from nirvana.checkpoint.tokenizer import read_if_any, read_tokenizer
 from nirvana.errors import InputError
 from nirvana.plan import PLAN_NAME, Plan
 from nirvana.solved import compensated_parameters
@@ -63,6 +65,16 @@ class Source:
             )
         plan.check_fits(sites, model_digest(model))
         return cls(checkpoint, model, plan, pruned, dense)
+
+    def tokenizer(self) -> Any:
+        """Return what the dense model reads text with, for a checkpoint that has a tokenizer; None for one without.
+
+        Raises:
+            InputError: If it cannot be read.
+        """
+        if not has_tokenizer(self.checkpoint):
+            return None
+        return read_if_any(self.model) or read_tokenizer(self.checkpoint)
 
     def compensated(self) -> dict[str, Tensor]:
         """Return what compensation may have solved for, by name: views of the checkpoint's pages, read when used."""

@@ -62,7 +62,18 @@ def tokenize(file: Path, text: str) -> list[int]:
     Raises:
         InputError: If llama.cpp cannot run the file.
     """
-    return _ask(file, {"ids": [0], "text": text})["tokens"].tolist()
+    return tokenize_each(file, [text])[0]
+
+
+def tokenize_each(file: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Return the tokens that llama.cpp cuts each of several texts into.
+
+    Raises:
+        InputError: If llama.cpp cannot run the file.
+    """
+    answer = _ask(file, {"ids": [0], "texts": list(texts)})
+    ends = answer["lengths"].cumsum()
+    return [part.tolist() for part in np.split(answer["tokens"], ends[:-1])]
 
 
 def _ask(file: Path, request: dict[str, Any]) -> dict[str, NDArray[Any]]:
@@ -128,8 +139,10 @@ class _Server:
 
 def _answer(server: _Server, question: dict[str, Any]) -> dict[str, NDArray[Any]]:
     ids, vocab_size = question["ids"], question.get("vocab_size", 0)
-    if "text" in question:
-        return {"tokens": np.array(server.tokenize(question["text"]), dtype=np.int64)}
+    if "texts" in question:
+        rows = [server.tokenize(text) for text in question["texts"]]
+        flat = [token for row in rows for token in row]
+        return {"tokens": np.array(flat, dtype=np.int64), "lengths": np.array([len(row) for row in rows])}
     if "count" in question:
         tokens: list[int] = []
         while len(tokens) < question["count"]:

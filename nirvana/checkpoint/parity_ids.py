@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
 
+from nirvana.checkpoint.companions import has_tokenizer
 from nirvana.checkpoint.prose import PROSE
+from nirvana.checkpoint.tokenizer import read_tokenizer
 from nirvana.errors import InputError
 from nirvana.files import read_json
 from nirvana.walk import Stack
@@ -60,25 +61,18 @@ def _from_text(checkpoint: Path, text: Path | None) -> list[int]:
         prose = PROSE if text is None else text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{text}: expected a UTF-8 text, got none ({error}); check the path") from error
-    return list(read_tokenizer(checkpoint)(prose, truncation=True, max_length=2 * TOKENS)["input_ids"])
+    return _from_tokenizer(checkpoint, prose)
 
 
-def read_tokenizer(checkpoint: Path) -> Any:
-    """Return the checkpoint's tokenizer; code in the directory is never run.
-
-    Raises:
-        InputError: If there is none that can be read.
-    """
+def _from_tokenizer(checkpoint: Path, prose: str) -> list[int]:
+    hint = "put the dense model's tokenizer files there, or give token ids with --ids FILE"
+    if not has_tokenizer(checkpoint):
+        raise InputError(f"{checkpoint}: expected a tokenizer to read the text with, found none; {hint}")
     try:
-        if not any((checkpoint / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            raise FileNotFoundError("no tokenizer.json, tokenizer.model or vocab.json")
-        return AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever transformers makes of odd files: no common class
-        cause = " ".join(str(error).split())[:120]
-        raise InputError(
-            f"{checkpoint}: expected a tokenizer to read the text with, got none ({cause}); "
-            "put the dense model's tokenizer files there, or give token ids with --ids FILE"
-        ) from error
+        tokenizer = read_tokenizer(checkpoint)
+    except InputError as error:
+        raise InputError(f"{error}; or give token ids with --ids FILE") from error
+    return list(tokenizer(prose, truncation=True, max_length=2 * TOKENS)["input_ids"])
 
 
 def _from_file(path: Path) -> tuple[list[int], list[int] | None]:

@@ -272,7 +272,8 @@ def test_llama_cpp_cuts_text_like_the_tokenizer(pre, tmp_path):
     cuts = {"gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False), "smollm": digits_apart}
     cut = cuts.get(pre, lambda: split_by(pre))()
     tokenizer = trained(cut, tmp_path, ignore_merges=pre in ("llama-bpe", "tekken"))
-    tokenizer.save_pretrained(root / "pruned")
+    for name in ("dense", "pruned"):
+        tokenizer.save_pretrained(root / name)
     file = file_of(gguf_export(root))
     assert fields_of(file)["tokenizer.ggml.pre"] == pre
     for text in (TEXT, PROSE):
@@ -299,7 +300,8 @@ def test_llama_cpp_cuts_text_like_a_sentencepiece_tokenizer(tmp_path):
         unk_token="<unk>",
     )
     root = make_checkpoint("llama", tmp_path)
-    fast.save_pretrained(root / "pruned")
+    for name in ("dense", "pruned"):
+        fast.save_pretrained(root / name)
     file = file_of(gguf_export(root))
     fields = fields_of(file)
     assert fields["tokenizer.ggml.model"] == "llama" and fields["tokenizer.ggml.add_space_prefix"] is True
