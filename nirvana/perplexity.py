@@ -23,6 +23,7 @@ def windows_from_documents(
     window: int,
     tokens: int,
     add_bos: bool = True,
+    bos: int | None = None,
 ) -> Int[Tensor, "windows window"]:
     """Cut texts into windows of token ids, taken at even distances from all of the text.
 
@@ -34,7 +35,8 @@ def windows_from_documents(
         texts: Documents, in order.
         window: Tokens a window, BOS included.
         tokens: Tokens of all windows together, BOS included; rounded up to whole windows.
-        add_bos: Begin each window with the BOS token.
+        add_bos: Begin each window with a token of its own.
+        bos: Which; None: the tokenizer's BOS token.
 
     Returns:
         Token ids.
@@ -44,7 +46,7 @@ def windows_from_documents(
     """
     if window < 2:
         raise InputError(f"evaluation.window: expected at least 2 tokens, got {window}; enlarge it")
-    bos = tokenizer.bos_token_id
+    bos = tokenizer.bos_token_id if bos is None else bos
     if add_bos and bos is None:
         raise InputError("expected a tokenizer with a BOS token, got one without; ask for windows without BOS")
     separator = _token_ids(tokenizer, "\n\n")

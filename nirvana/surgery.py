@@ -78,16 +78,14 @@ def prune(
     twice = {name: written[name] for name in fit.names} if fit else {}  # solved, then copied into the checkpoint
     _check_space(target, _checkpoint_bytes(weights, slicer, written) + _checkpoint_bytes(weights, slicer, twice))
     try:
-        with (
-            solved_parameters(fit, stack, plan, target, on_layer) as solved,
-            atomic_directory(target) as temporary,
-        ):
-            _write_weights(weights, slicer, written, solved, temporary, on_tensor)
+        with atomic_directory(target) as temporary:
             write_json(temporary / "config.json", config)
+            carry(source, temporary, tokenizer, page)  # first: whether the tokenizer can be had is soon known
+            with solved_parameters(fit, stack, plan, target, on_layer) as solved:
+                _write_weights(weights, slicer, written, solved, temporary, on_tensor)
             if "auto_map" in config:
                 shutil.copyfile(modeling_nirvana.__file__, temporary / MODELING_FILE)
             plan.write(temporary / PLAN_NAME)
-            carry(source, temporary, tokenizer, page)
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nirvana.device import resolve_device
 from nirvana.errors import InputError
@@ -21,6 +21,7 @@ from tasks.continuation import write_continuation_task
 from tasks.documents import Document, read_documents
 from tasks.lm_eval_json import deterministic, headline_metrics
 from tasks.lm_eval_task import OFFLINE_TASKS
+from tasks.model_directory import load_tokenizer
 from tasks.perplexity_text import perplexity_text
 from tasks.span_corruption import SPANS
 from tasks.way_of_computing import chosen_way
@@ -59,7 +60,7 @@ def evaluate_checkpoint(
     asked = params.evaluation
     device = resolve_device(params.runtime.device)
     documents = read_documents(evaluation / "documents.jsonl")
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(checkpoint)
     config = load_config(checkpoint)
     judged = perplexity_text(tokenizer, config, documents, asked.window, asked.perplexity_tokens)
     execution = chosen_way(params, checkpoint, [torch.empty(1, asked.window)], device).execution

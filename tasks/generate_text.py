@@ -80,7 +80,7 @@ def written_by(
     sequences: int,
     length: int,
     seed: int,
-    add_bos: bool,
+    add_bos: bool | None,
     device: "torch.device",
     option: str = "compensation.self_generated",
 ) -> "Tensor":
@@ -91,7 +91,7 @@ def written_by(
         sequences: How many.
         length: Tokens a sequence.
         seed: Of the draws.
-        add_bos: Whether each begins with the tokenizer's BOS.
+        add_bos: Whether each begins with the tokenizer's BOS; None: as the tokenizer itself would begin.
         device: Where it computes; holds all weights in float32.
         option: What asks for so many, for errors.
 

@@ -9,9 +9,14 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from nirvana.checkpoint.tokenizer import begins_with
+
 
 class ContinuationLM(HFLM):
-    """HFLM whose model calls keep the last positions only.
+    """HFLM whose model calls keep the last positions only, and whose texts begin with BOS once, as elsewhere here.
+
+    HFLM leaves special tokens to the tokenizer: an EOS behind the context would be counted as a word of it, and where
+    a whole document is scored, a BOS that the tokenizer puts would be the first word behind another BOS.
 
     HFLM looks for a continuation from the end of what the model returns (`_loglikelihood_tokens`: `ctx_len`), so that
     leading positions may be missing. An encoder-decoder's decoder reads the continuation only: there is nothing to
@@ -19,6 +24,41 @@ class ContinuationLM(HFLM):
     """
 
     _longest_continuation = 0
+    _whole_documents = False
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What conditions a text's first token: what the tokenizer itself puts there, else BOS or EOS."""
+        beginning = begins_with(self.tokenizer) if self.backend == "causal" else None
+        return super().prefix_token_id if beginning is None else beginning
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, *args: Any, **kwargs: Any) -> list[int]:
+        """Return a text's tokens, behind what the tokenizer itself begins a text with; never anything behind them."""
+        if self.backend != "causal":
+            return super().tok_encode(string, add_special_tokens, *args, **kwargs)
+        tokens = super().tok_encode(string, False, *args, **kwargs)
+        beginning = begins_with(self.tokenizer)
+        if add_special_tokens is False or self._whole_documents or beginning is None or tokens[:1] == [beginning]:
+            return tokens
+        return [beginning, *tokens]
+
+    def tok_batch_encode(
+        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return prompts to go on from, each as `tok_encode` gives it, padded to one length."""
+        if self.backend != "causal":
+            return super().tok_batch_encode(strings, padding_side, left_truncate_len, **kwargs)
+        rows = [self.tok_encode(string)[-(left_truncate_len or 0) :] for string in strings]
+        batch = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
+        return batch["input_ids"], batch["attention_mask"]
+
+    def loglikelihood_rolling(self, *args: Any, **kwargs: Any) -> list[float]:
+        """Return log-likelihoods of whole documents: every token once, the first one behind `prefix_token_id`."""
+        self._whole_documents = True
+        try:
+            return super().loglikelihood_rolling(*args, **kwargs)
+        finally:
+            self._whole_documents = False
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         self._longest_continuation = max((len(continuation) for _, _, continuation in requests), default=0)

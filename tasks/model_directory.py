@@ -112,20 +112,14 @@ def vocabulary_size(directory: Path) -> int:
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
-    """Return the tokenizer of a model directory.
+    """Return the tokenizer of a model directory: the one reading of its files, wherever text is read for the model.
 
     Raises:
-        InputError: If the directory holds no tokenizer that transformers can read.
+        InputError: If the directory holds no whole tokenizer that transformers can read, or one of two readings.
     """
-    from transformers import AutoTokenizer
+    from nirvana.checkpoint.tokenizer import read_tokenizer  # imports transformers
 
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the tokenizers library raises bare Exception on a broken tokenizer.json
-        raise InputError(
-            f"{directory}: expected tokenizer files, transformers cannot read them ({_one_line(error)}); "
-            "put tokenizer.json and tokenizer_config.json beside the model"
-        ) from error
+    return read_tokenizer(directory, trust_remote_code)
 
 
 def tokens_of(directory: Path) -> list[int]:

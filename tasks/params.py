@@ -160,7 +160,7 @@ class Calibration:
     pool_size: Count
     sequences: Count
     sequence_length: Window
-    add_bos: Flag
+    add_bos: Annotated[Flag | None, Field(description="true, false, or null: as the tokenizer itself puts it")]
     heldout_sequences: Count
     heldout_length: Window
     averaged: Count

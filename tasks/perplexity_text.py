@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
+from nirvana.checkpoint.tokenizer import begins_with
 from nirvana.perplexity import token_perplexity, windows_from_documents
 from nirvana.walk import Stack
 from tasks.documents import Document
@@ -75,7 +76,7 @@ def perplexity_text(
         tokenizer: The model's.
         config: The model's.
         documents: Held-out documents.
-        window: Tokens of text a window, BOS included where the tokenizer has one and the model is decoder-only.
+        window: Tokens of text a window, BOS included where the tokenizer itself puts one and the model is decoder-only.
         tokens: Tokens of text in all windows.
 
     Raises:
@@ -83,8 +84,9 @@ def perplexity_text(
     """
     texts = (document.text for document in documents)
     if not config.is_encoder_decoder:
-        bos = tokenizer.bos_token_id is not None
-        return NextTokens(windows_from_documents(tokenizer, texts, window, tokens, bos), bos)
+        bos = begins_with(tokenizer)
+        windows = windows_from_documents(tokenizer, texts, window, tokens, bos is not None, bos)
+        return NextTokens(windows, bos is not None)
     maker = PairMaker.of_model(tokenizer, config)
     windows = windows_from_documents(tokenizer, texts, window, tokens, add_bos=False)
     # not by calibration.seed: whatever calibrated a model, the same spans judge it

@@ -29,6 +29,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from nirvana.architectures.registry import read_config
+from nirvana.checkpoint.tokenizer import begins_with
 from nirvana.errors import InputError
 from nirvana.files import atomic_directory, atomic_file
 from nirvana.repetition import with_repetition
@@ -154,8 +155,8 @@ class Encoder:
     _tokens: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def of_model(cls, model: Path, add_bos: bool) -> Encoder:
-        """Return the encoder of a model directory.
+    def of_model(cls, model: Path, add_bos: bool | None) -> Encoder:
+        """Return the encoder of a model directory; `add_bos` None puts before a text what the tokenizer puts there.
 
         Raises:
             InputError: If a BOS token is asked for and the tokenizer has none.
@@ -165,7 +166,11 @@ class Encoder:
             raise InputError(
                 "calibration.add_bos: expected a tokenizer with a BOS token, this model's has none; set it to false"
             )
-        return cls(tokenizer, vocabulary_size(model), tokenizer.bos_token_id if add_bos else None)
+        bos = begins_with(tokenizer)
+        if add_bos is not None:
+            # not put twice: where the tokenizer itself puts another token than BOS, that one is the beginning
+            bos = (tokenizer.bos_token_id if bos is None else bos) if add_bos else None
+        return cls(tokenizer, vocabulary_size(model), bos)
 
     def __call__(self, document: Document) -> np.ndarray:
         """Return the token ids of a whole document.

@@ -113,7 +113,7 @@ def check_same_ids(dense: Any, written: Path, more: tuple[str, ...] = ()) -> Non
         difference = next(every_difference(dense, found, more), None)
     if difference is not None:
         raise InputError(
-            f"{written.name}: expected the dense model's tokens of a page of text from the files written, transformers "
+            "tokenizer: expected the dense model's tokens of a page of text from the files written, transformers "
             f"reads others with {type(found).__name__}: {difference.line()}; nothing was written: where "
             "layers agree transformers takes a class of its own; allocation.scope: global, or an export to hf, is read "
             "as it stands"

@@ -112,7 +112,11 @@ def test_parameters_are_frozen() -> None:
         ("calibration.pool_size", 2.0, "calibration.pool_size: expected a whole number of 1 or more, got 2.0"),
         ("calibration.pool_size", True, "expected a whole number of 1 or more, got True"),
         ("calibration.seed", -1, "calibration.seed: expected a whole number of 0 or more, got -1"),
-        ("calibration.add_bos", 1, "calibration.add_bos: expected true or false, got 1"),
+        (
+            "calibration.add_bos",
+            1,
+            "calibration.add_bos: expected true, false, or null: as the tokenizer itself puts it, got 1",
+        ),
         ("evaluation.window", 1, "evaluation.window: expected a whole number of 2 or more tokens, got 1"),
         (
             "evaluation.perplexity_tokens",
