@@ -119,14 +119,16 @@ def __getattr__(name):
     if stock is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if issubclass(stock, transformers.PretrainedConfig):
-        bases, own = (_PrunedConfig, stock), {"model_type": f"nirvana_{stock.model_type}"}
+        bases, own = (_PrunedConfig, stock), {"model_type": f"nirvana_{stock.model_type}", "_auto_class": "AutoConfig"}
         conversion = get_checkpoint_conversion_mapping(stock.model_type)
         if conversion:  # files that hold expert by expert what the module has as one tensor
             register_checkpoint_conversion_mapping(own["model_type"], conversion, overwrite=True)
     else:
         pruned = _PrunedT5 if stock.config_class.model_type == "t5" else _PrunedDecoder
         config_class = _named(f"Nirvana{stock.config_class.__name__}")
-        bases, own = (pruned, stock), {"config_class": config_class}
+        auto = "AutoModelForSeq2SeqLM" if config_class.is_encoder_decoder else "AutoModelForCausalLM"
+        # _auto_class: save_pretrained puts this file beside what it saves, also where `import nirvana` has loaded it
+        bases, own = (pruned, stock), {"config_class": config_class, "_auto_class": auto}
     globals()[name] = type(name, bases, own | {"__module__": __name__})
     return globals()[name]
 

@@ -143,6 +143,30 @@ def test_save_and_load_is_exact(tmp_path):
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+LOAD = """
+from transformers import {auto} as Auto, AutoTokenizer
+model = Auto.from_pretrained("{folder}", trust_remote_code=True)
+print(type(model).__module__.split(".")[0], type(model).__name__)
+"""
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("t5-relu-tied", marks=pytest.mark.slow)])
+def test_saved_again_it_loads_elsewhere(name, tmp_path):
+    from nirvana.loading import load_model
+
+    checkpoint, _ = make_checkpoint(name, tmp_path)
+    model = load_model(checkpoint)
+    assert type(model).__module__ == "nirvana.checkpoint.modeling_nirvana"
+    model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/modeling_nirvana.py").read_text() == (checkpoint / "modeling_nirvana.py").read_text()
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (checkpoint, tmp_path / "again"))
+    assert after["auto_map"] == before["auto_map"]
+    out = run_elsewhere(
+        LOAD.format(auto=next(key for key in before["auto_map"] if "Model" in key), folder="again"), tmp_path
+    )
+    assert out.split() == ["transformers_modules", type(model).__name__]
+
+
 @pytest.mark.slow
 def test_lora_trains_on_it(tmp_path):
     from peft import LoraConfig, get_peft_model
@@ -161,6 +185,9 @@ def test_lora_trains_on_it(tmp_path):
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     lora.merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert run_elsewhere(LOAD.format(auto="AutoModelForCausalLM", folder="merged"), tmp_path).startswith(
+        "transformers_m"
+    )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged(input_ids=ids, labels=ids).loss.item() < losses[0]
 
