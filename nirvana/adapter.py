@@ -7,7 +7,7 @@ mixture) keeps what pruning left.
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685). Files are peft's.
 """
 
-import shutil
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nirvana.architectures.architecture import Architecture
+from nirvana.checkpoint.companions import copy_companions, has_tokenizer
 from nirvana.checkpoint.safetensors_stream import stream_safetensors
+from nirvana.checkpoint.tokenizer import check_same_ids, read_tokenizer
 from nirvana.errors import InputError
 from nirvana.fields import Fields
-from nirvana.files import atomic_file, read_json, write_json
+from nirvana.files import atomic_file, copy_regular, read_json, write_json
 from nirvana.weights import WeightFiles
 
+_LOG = logging.getLogger(__name__)
 ADAPTER_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 _PREFIX = "base_model.model."  # what peft puts before every module's name
@@ -58,6 +61,14 @@ def attach(model: Any, architecture: Architecture, rank: int, alpha: float, seed
         raise InputError(
             f"recovery: expected linear layers among the prunable weights of a {architecture.model_type} model, found "
             "none; set recovery.tokens to 0"
+        )
+    owned = {slot.parameter for site in architecture.sites() for slot in site.weight_slots}
+    unreached = sorted(name for name in owned if name.removesuffix(".weight") not in modules)
+    if unreached:
+        _LOG.warning(
+            "adapters reach linear layers only: %d prunable tensors keep what pruning left, such as %s",
+            len(unreached),
+            unreached[0],
         )
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=modules)  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]):
@@ -179,4 +190,7 @@ def merge(checkpoint: Path | str, adapter: Adapter, directory: Path | str) -> No
         stream_safetensors(directory / file.name, header, lambda name: adapter.apply(name, weights[name]))
     for file in sorted(checkpoint.iterdir()):  # but no adapter that lies there: it would be added once more on loading
         if file.is_file() and file.suffix != ".safetensors" and file.name != CONFIG_NAME:
-            shutil.copyfile(file, directory / file.name)
+            copy_regular(file, directory / file.name, checkpoint)
+    copy_companions(checkpoint, directory)  # templates in a folder of their own too
+    if has_tokenizer(checkpoint):
+        check_same_ids(read_tokenizer(checkpoint), directory)

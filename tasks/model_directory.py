@@ -9,7 +9,7 @@ from typing import Any
 
 from nirvana.checkpoint.prose import PROSE
 from nirvana.errors import InputError
-from nirvana.files import read_json
+from nirvana.files import read_json, write_json
 from nirvana.weight_names import INDEX_NAME, WEIGHTS_NAME
 
 _LOG = logging.getLogger(__name__)
@@ -126,6 +126,14 @@ def tokens_of(directory: Path) -> list[int]:
     """Return the token ids of a page of prose, as the tokenizer of a directory has them."""
     ids: list[int] = load_tokenizer(directory)(PROSE)["input_ids"]
     return ids
+
+
+def choose_reading(directory: Path, reading: str) -> None:
+    """Note in a model directory which of two readings of its tokenizer counts: `file` or `class`."""
+    from nirvana.checkpoint.companions import TOKENIZER_CONFIG, tokenizer_config
+    from nirvana.checkpoint.tokenizer import READING
+
+    write_json(directory / TOKENIZER_CONFIG, tokenizer_config(directory) | {READING: reading})
 
 
 def _check_vocabulary(directory: Path, trust_remote_code: bool) -> None:

@@ -123,6 +123,7 @@ class Model:
 
     source: Source
     trust_remote_code: Flag
+    tokenizer: Annotated[Literal["file", "class"] | None, Field(description="file, class or null")] = None
 
 
 @dataclass(frozen=True, config=_STRICT)

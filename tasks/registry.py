@@ -89,7 +89,7 @@ STEPS: tuple[Step, ...] = (
         "fetch_model",
         (),
         {"model": Out("data/model")},
-        ("model.source", "model.trust_remote_code"),
+        ("model.source", "model.trust_remote_code", "model.tokenizer"),
         online=lambda params: True,
     ),
     Step("fetch_corpus", (), {"corpus": Out("data/corpus")}, ("corpus",), torch=False, online=lambda params: True),

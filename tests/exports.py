@@ -1,5 +1,8 @@
 """A tiny dense model with its pruned checkpoint, and exports of it, for tests."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +65,17 @@ def exported(root: Path, to: str, target: str | None = None, **arguments):
     options = arguments.pop("options", Options(saliency=root / "saliency.safetensors"))
     target_directory = root / (target or to)
     return export_checkpoint(root / "pruned", to, root / "dense", target_directory, options=options, **arguments)
+
+
+def run_elsewhere(code: str, cwd: Path) -> str:
+    """Run code in a clean process that cannot import nirvana: `-S`-like isolation by blocking the name."""
+    blocked = "import sys; sys.modules['nirvana'] = None\n"
+    environment = os.environ | {"HF_HOME": str(cwd / "hf"), "PYTHONPATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", blocked + code], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def left_over(root: Path) -> list[str]:

@@ -1,7 +1,6 @@
 """Pruned checkpoints load where a user would load them."""
 
 import json
-import os
 import subprocess
 import sys
 from functools import partial
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from exports import run_elsewhere
 from tiny import masked_dense, one_layout_each, random_ids, random_keep, save_family, save_t5, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -45,17 +45,6 @@ def make_checkpoint(name, root: Path, uniform=False):
     )
     prune(model, plan, root / "pruned")
     return root / "pruned", keep
-
-
-def run_elsewhere(code: str, cwd: Path) -> str:
-    """Run code in a clean process that cannot import nirvana: `-S`-like isolation by blocking the name."""
-    blocked = "import sys; sys.modules['nirvana'] = None\n"
-    environment = os.environ | {"HF_HOME": str(cwd / "hf"), "PYTHONPATH": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", blocked + code], cwd=cwd, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 GREEDY = """
