@@ -10,8 +10,11 @@ from typing import Any
 
 import psutil
 
+from flows import verify
+from nirvana.errors import InputError
 from tasks.process import ERROR_PREFIX, log_file, read_record
 
+_ATTEMPTS = 3  # at making a damaged result again: more would hide a disk that fails
 _LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO|WARNING|ERROR|CRITICAL) (.*)$")
 
 Logger = logging.Logger | logging.LoggerAdapter
@@ -39,15 +42,54 @@ def bring_up_to_date(name: str, logger: Logger, wait_seconds: float, force: bool
     token = _token(name)
     try:
         with _followed(name, token, logger):
-            _reproduce(name, logger, wait_seconds, force)
+            _reproduce_whole(name, token, logger, wait_seconds, force)
     except StepFailedError:
         raise
+    except InputError as error:
+        raise StepFailedError(str(error)) from error
     except Exception as error:
         raise StepFailedError(_cause(name, token, error)) from error
     except BaseException:  # cancelled: DVC has freed its lock, so the step must not write any more
         kill_steps()
         raise
     return _token(name) != token
+
+
+def _reproduce_whole(name: str, token: str | None, logger: Logger, wait_seconds: float, force: bool) -> None:
+    """Call DVC until the step's outputs are what dvc.lock says of them.
+
+    DVC restores from its caches unseen, so it is asked again without what turns out damaged.
+    """
+    verify.mend_own_files(logger.warning)
+    verify.give_copies(name, logger)
+    for each in verify.changed_in_place(name):
+        logger.warning("%s was changed since %s wrote it; made again", verify.said_files(each.files), name)
+    for _ in range(_ATTEMPTS):
+        try:
+            _reproduce(name, logger, wait_seconds, force)
+        except StepFailedError:
+            raise
+        except Exception as error:
+            if _token(name) != token or not _mended(name, error, logger):
+                raise
+            continue
+        if not verify.drop_damaged_outputs(name, logger.warning):
+            return
+        force = False
+    raise StepFailedError(
+        f"{name}: expected its outputs to stay as they were written, they differed {_ATTEMPTS} times; "
+        "check the disk and its memory, then run the same command again"
+    )
+
+
+def _mended(name: str, error: Exception, logger: Logger) -> bool:
+    """Tell whether something of DVC's own was damaged, and is not any more."""
+    mended = verify.mend_own_files(logger.warning)
+    for recorded in verify.recorded_of(name):
+        mended |= verify.drop_damaged_objects(recorded.md5, verify.Ledger(), logger.warning)
+    if not mended and verify.is_about_state(error):
+        mended = verify.drop_state(logger.warning)
+    return mended
 
 
 def kill_steps() -> None:

@@ -26,7 +26,7 @@ def _run(name: str) -> int:
     import logging
 
     from nirvana.errors import InputError
-    from tasks import child, process, registry
+    from tasks import child, integrity, process, registry
     from tasks.params import load_params, restrict
 
     process.start_logging(name)
@@ -43,7 +43,9 @@ def _run(name: str) -> int:
             missing = next((path for path in inputs.values() if not path.exists()), None)
             if missing:
                 raise InputError(f"{name}: expected {missing}, found nothing; run `dvc repro {name}` to make it first")
+            integrity.check_inputs(inputs.values())
             importlib.import_module(f"tasks.{name}").run(restrict(params, step.params, name), inputs, outputs)
+            integrity.note_outputs(outputs.values())
     except InputError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:

@@ -1,0 +1,331 @@
+"""Nothing damaged passes: results and DVC's own files are held against their digests, and what differs is made again.
+
+DVC believes what its caches say (see tasks/integrity.py). So every step that it brought up to date is compared with
+dvc.lock afterwards. What differs goes, with the objects of the cache whose content is not their name, and DVC is asked
+again: it then restores a good copy or computes one. `python -m flows.verify` (`make verify`) reads everything afresh.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import flows.environment as environment
+from nirvana.errors import InputError
+from tasks.integrity import (
+    CACHE,
+    LOCK,
+    Difference,
+    Ledger,
+    Recorded,
+    damaged_lock,
+    differences,
+    recorded_outputs,
+    said_files,
+)
+from tasks.registry import STEPS, step
+
+RUN_CACHE = Path(".dvc/cache/runs")
+RWLOCK = Path(".dvc/tmp/rwlock")
+SET_ASIDE = Path(".cache/damaged")
+
+Say = Callable[[str], object]
+
+
+def output_paths(name: str) -> list[Path]:
+    """Return the outputs of a step that DVC keeps."""
+    return [Path(out.path) for out in step(name).outs.values() if out.tracked]
+
+
+def changed_in_place(name: str) -> list[Difference]:
+    """Return the outputs of a step that were touched since they were last read, and are not what dvc.lock says."""
+    ledger = Ledger()
+    before = {path: _last_digests(path, ledger) for path in output_paths(name)}
+    found = differences(output_paths(name), ledger)
+    ledger.save()
+    return [each for each in found if before[each.path] and before[each.path] != _last_digests(each.path, ledger)]
+
+
+def _last_digests(path: Path, ledger: Ledger) -> dict[Path, str]:
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return {file: digest for file in files if (digest := ledger.last(file))}
+
+
+def drop_damaged_outputs(name: str, say: Say) -> bool:
+    """Remove what is not what dvc.lock says of a step's outputs, so that DVC makes it again; tell whether any was.
+
+    Args:
+        name: The step, just brought up to date.
+        say: Told each file that goes.
+    """
+    ledger = Ledger()
+    found = differences(output_paths(name), ledger)
+    for each in found:
+        say(
+            f"{said_files(each.files)}: not what {name} wrote (md5 of {each.path} in {LOCK}); restored or computed again"
+        )
+        for file in each.files:
+            _remove(file)
+        drop_damaged_objects(each.recorded.md5, ledger, say)
+    ledger.save()
+    return bool(found)
+
+
+def _remove(path: Path) -> None:
+    import shutil
+
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def drop_damaged_objects(md5: str, ledger: Ledger, say: Say, afresh: bool = False) -> bool:
+    """Remove an object of DVC's cache, and those that a directory lists, where content and name differ."""
+    directory, dropped = _object(md5), False
+    names = [md5]
+    if md5.endswith(".dir"):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            names += [each["md5"] for each in json.loads(directory.read_bytes())]
+    for name in names:
+        dropped |= _drop_if_damaged(_object(name), ledger, say, afresh)
+    return dropped
+
+
+def _object(md5: str) -> Path:
+    return _cache() / md5[:2] / md5[2:]
+
+
+def _cache() -> Path:
+    """Return DVC's cache, where a team may share one."""
+    from dvc.config import Config
+
+    with suppress(Exception):  # whatever is wrong with the configuration, DVC says it
+        return Path(Config(".dvc")["cache"].get("dir") or ".dvc/cache") / "files" / "md5"
+    return CACHE
+
+
+def _drop_if_damaged(file: Path, ledger: Ledger, say: Say, afresh: bool = False) -> bool:
+    expected = (file.parent.name + file.name).removesuffix(".dir")
+    try:
+        if ledger.md5(file, afresh) == expected or ledger.md5(file, afresh=True) == expected:
+            return False
+        file.unlink()
+    except FileNotFoundError:
+        return False
+    say(f"{file}: content and name differ; dropped from DVC's cache, which it would have come back from")
+    return True
+
+
+def drop_damaged_runs(say: Say, afresh: bool = False) -> bool:
+    """Remove entries of DVC's run-cache whose content is not their name; tell whether any was."""
+    from dvc.utils import dict_sha256
+
+    ledger, dropped = Ledger(), False
+    for file in sorted(RUN_CACHE.glob("*/*/*")):
+        known = ledger.last(file)
+        if not afresh and known and ledger.md5(file) == known:
+            continue
+        if _content_digest(file, dict_sha256) == file.name:
+            ledger.md5(file)  # remembered from now on
+        else:
+            file.unlink(missing_ok=True)
+            say(f"{file}: damaged; dropped from DVC's run-cache, its step is computed again when it is asked for")
+            dropped = True
+    for folder in RUN_CACHE.glob("*/*"):
+        with suppress(OSError):  # DVC fails on an empty one, which a killed run leaves too
+            folder.rmdir()
+            dropped = True
+    ledger.save()
+    return dropped
+
+
+def _content_digest(file: Path, digest: Callable[..., str]) -> str | None:
+    import yaml
+
+    with suppress(Exception):  # whatever a flipped bit makes of YAML
+        content = yaml.load(file.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
+        return digest(content, exclude=["size", "nfiles"])
+    return None
+
+
+def mend_own_files(say: Say) -> bool:
+    """Set aside files of DVC's that it cannot read, all of which it makes again; tell whether any was.
+
+    Raises:
+        InputError: If dvc.lock holds a merge conflict, which only its owner can settle.
+    """
+    mended = drop_damaged_runs(say)
+    if RWLOCK.exists() and not _is_rwlock(RWLOCK):
+        mended |= _set_aside(RWLOCK, "the note of who works on what", say)
+    try:
+        _check_lock()
+    except InputError as error:
+        if "merge conflict" in str(error):
+            raise
+        mended |= _set_aside(LOCK, "what the results belong to; it is made again from DVC's run-cache", say)
+    return mended
+
+
+def _check_lock() -> None:
+    recorded_outputs()
+    if not LOCK.exists():
+        return
+    import yaml
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+
+    content = yaml.load(LOCK.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
+    try:
+        COMPILED_LOCKFILE_SCHEMA(content)
+    except Exception as error:  # voluptuous has several
+        raise damaged_lock(LOCK, str(error)) from None
+
+
+def _is_rwlock(file: Path) -> bool:
+    from dvc.rwlock import SCHEMA
+
+    try:
+        SCHEMA(json.loads(file.read_text(encoding="utf-8")))
+    except Exception:  # not JSON, not UTF-8, or of another form
+        return False
+    return True
+
+
+def _set_aside(file: Path, what: str, say: Say) -> bool:
+    SET_ASIDE.mkdir(parents=True, exist_ok=True)
+    target = SET_ASIDE / file.name
+    _remove(target)
+    file.replace(target)
+    say(f"{file}: damaged ({what}); moved to {target}")
+    return True
+
+
+def recorded_of(name: str) -> list[Recorded]:
+    """Return what dvc.lock says of a step's outputs."""
+    recorded = recorded_outputs()
+    return [recorded[path] for path in output_paths(name) if path in recorded]
+
+
+def is_about_state(error: BaseException) -> bool:
+    """Tell whether it was DVC's database of hashes that failed."""
+    import sqlite3
+
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, sqlite3.Error) or type(found).__module__.startswith("diskcache"):
+            return True
+        found = found.__cause__ or found.__context__
+    return False
+
+
+def drop_state(say: Say) -> bool:
+    """Remove DVC's database of hashes, which it makes again by reading the files."""
+    with suppress(Exception):
+        place = _state_directory()
+        for name in ("hashes", "links", "index"):
+            _remove(place / name)
+        say(f"{place}: DVC's database of hashes is damaged; removed, every file is hashed again")
+        return True
+    return False
+
+
+def _state_directory() -> Path:
+    """Return where DVC keeps its database of hashes; asked of DVC without opening it."""
+    from dvc.config import Config
+    from dvc.repo import Repo
+    from dvc_objects.fs import LocalFileSystem
+
+    unopened, root = object.__new__(Repo), Path.cwd()
+    unopened.__dict__ |= {
+        "root_dir": root.as_posix(),
+        "config": Config((root / ".dvc").as_posix()),
+        "tmp_dir": (root / ".dvc/tmp").as_posix(),
+        "_fs": LocalFileSystem(),
+    }
+    return Path(unopened.site_cache_dir)
+
+
+def give_copies(name: str, logger: Any) -> None:
+    """Turn outputs that share their bytes with DVC's cache, as earlier releases linked them, into files of their own.
+
+    A setting of cache.type in .dvc/config.local that asks for links is left alone.
+    """
+    linked = [path for path in output_paths(name) if any(_is_linked(file) for file in _files(path))]
+    if not linked:
+        return
+    from dvc.repo import Repo
+
+    with Repo(".", _wait_for_lock=True) as repo:
+        if {"hardlink", "symlink"} & set(repo.cache.local.cache_types):
+            return
+        for path in linked:
+            logger.info("%s was linked with DVC's cache; it becomes a copy, so that an edit cannot change both", path)
+            repo.unprotect(str(path))
+
+
+def _files(path: Path) -> Iterator[Path]:
+    return (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else iter([path])
+
+
+def _is_linked(file: Path) -> bool:
+    with suppress(OSError):
+        return file.is_symlink() or file.stat().st_nlink > 1
+    return False
+
+
+def verify(say: Say) -> list[str]:
+    """Read every output, cache object and run afresh; drop damaged cache entries, name damaged outputs.
+
+    Args:
+        say: Told what is damaged.
+
+    Returns:
+        What is wrong, one line each.
+    """
+    wrong: list[str] = []
+
+    def tell(line: str) -> None:
+        wrong.append(line)
+        say(line)
+
+    try:
+        mend_own_files(tell)
+        ledger = Ledger()
+        paths = [path for each in STEPS for path in output_paths(each.name)]
+        for each in differences(paths, ledger, afresh=True):
+            tell(
+                f"{said_files(each.files)}: not what {each.recorded.stage} wrote (md5 of {each.path} in {LOCK}); "
+                "`make run` restores it or computes it again"
+            )
+    except InputError as error:
+        tell(str(error))
+        ledger = Ledger()
+    drop_damaged_runs(tell, afresh=True)
+    for file in sorted(_cache().glob("*/*")):
+        if len(file.parent.name + file.name.removesuffix(".dir")) == 32:
+            _drop_if_damaged(file, ledger, tell, afresh=True)
+    ledger.save()
+    return wrong
+
+
+def main() -> int:
+    """Verify the checkout; the exit status is 0 if all is whole, 1 if something was damaged."""
+    import os
+
+    os.chdir(environment.ROOT)
+    start = time.monotonic()
+    wrong = verify(lambda line: sys.stdout.write(f"damaged: {line}\n"))
+    known = sum(path.exists() for each in STEPS for path in output_paths(each.name))
+    seconds = time.monotonic() - start
+    if wrong:
+        sys.stdout.write(f"{len(wrong)} damaged; `make run` makes them again ({seconds:.1f} s)\n")
+        return 1
+    sys.stdout.write(f"whole: {known} outputs, DVC's cache and its records are what {LOCK} says ({seconds:.1f} s)\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
