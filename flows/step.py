@@ -65,6 +65,7 @@ def _reproduce_whole(name: str, token: str | None, logger: Logger, wait_seconds:
     for each in verify.changed_in_place(name):
         logger.warning("%s was changed since %s wrote it; made again", verify.said_files(each.files), name)
     for _ in range(_ATTEMPTS):
+        verify.prepare_cache(name, logger.warning)
         try:
             _reproduce(name, logger, wait_seconds, force)
         except StepFailedError:

@@ -6,6 +6,7 @@ again: it then restores a good copy or computes one. `python -m flows.verify` (`
 """
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Any
 
 import flows.environment as environment
 from nirvana.errors import InputError
+from nirvana.files import atomic_file
 from tasks.integrity import (
     CACHE,
     LOCK,
@@ -23,6 +25,7 @@ from tasks.integrity import (
     Recorded,
     damaged_lock,
     differences,
+    listing,
     recorded_outputs,
     said_files,
 )
@@ -64,9 +67,7 @@ def drop_damaged_outputs(name: str, say: Say) -> bool:
     ledger = Ledger()
     found = differences(output_paths(name), ledger)
     for each in found:
-        say(
-            f"{said_files(each.files)}: not what {name} wrote (md5 of {each.path} in {LOCK}); restored or computed again"
-        )
+        say(f"{said_files(each.files)}: not what {name} wrote (md5 of {each.path} in {LOCK}); made again")
         for file in each.files:
             _remove(file)
         drop_damaged_objects(each.recorded.md5, ledger, say)
@@ -75,8 +76,6 @@ def drop_damaged_outputs(name: str, say: Say) -> bool:
 
 
 def _remove(path: Path) -> None:
-    import shutil
-
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -93,6 +92,44 @@ def drop_damaged_objects(md5: str, ledger: Ledger, say: Say, afresh: bool = Fals
     for name in names:
         dropped |= _drop_if_damaged(_object(name), ledger, say, afresh)
     return dropped
+
+
+def prepare_cache(name: str, say: Say) -> None:
+    """Make DVC's cache fit for what DVC is about to ask of it: objects that it may restore are whole, others there.
+
+    Without the object of an output DVC would compute a step again although its outputs are whole in the workspace, and
+    it never replaces an object that is there, however damaged.
+    """
+    ledger, recorded = Ledger(), recorded_outputs()
+    for path in output_paths(name):
+        said = recorded.get(path)
+        if said is None:
+            continue
+        if not path.exists():
+            drop_damaged_objects(said.md5, ledger, say)
+        elif said.md5.endswith(".dir"):
+            _drop_if_damaged(_object(said.md5), ledger, say)
+        if ledger.digest(path) == said.md5:
+            _refill(path, said.md5, ledger)
+    ledger.save()
+
+
+def _refill(path: Path, md5: str, ledger: Ledger) -> None:
+    """Put back objects that the cache lacks of an output that is whole."""
+    if not path.is_dir():
+        _put(_object(md5), lambda target: shutil.copyfile(path, target))
+        return
+    tree = ledger.tree(path)
+    for file, digest in tree.items():
+        _put(_object(digest), lambda target, file=file: shutil.copyfile(path / file, target))  # type: ignore[misc]
+    _put(_object(md5), lambda target: target.write_bytes(listing(tree)))
+
+
+def _put(file: Path, write: Callable[[Path], object]) -> None:
+    if not file.exists():
+        with atomic_file(file) as temporary:
+            write(temporary)
+        file.chmod(0o444)  # as DVC protects it
 
 
 def _object(md5: str) -> Path:
@@ -308,6 +345,9 @@ def verify(say: Say) -> list[str]:
         if len(file.parent.name + file.name.removesuffix(".dir")) == 32:
             _drop_if_damaged(file, ledger, tell, afresh=True)
     ledger.save()
+    if LOCK.exists():
+        for each in STEPS:
+            prepare_cache(each.name, tell)
     return wrong
 
 

@@ -19,6 +19,10 @@ from typing import Any
 
 from nirvana.errors import InputError
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+_MODE = 0o666 & ~_UMASK  # libraries that write through temporary files of their own leave 0600
+
 _JSON_LIMIT = 64 << 20  # bytes; the plan of a 70B model has 7 MB: what is larger is weights given by mistake
 
 
@@ -57,6 +61,7 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
     temporary = _temporary_sibling(path)
     try:
         yield temporary
+        temporary.chmod(_MODE)
         _fsync(temporary)
         temporary.replace(path)
         _fsync(path.parent)
@@ -73,6 +78,8 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
     try:
         yield temporary
         for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                file.chmod(_MODE)
             _fsync(file)
         _fsync(temporary)
         if path.exists():
@@ -101,6 +108,29 @@ def scratch_directory(path: Path | str) -> Iterator[Path]:
         yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_sealed(path: Path | str, value: bytes) -> None:
+    """Write bytes with their SHA-256 before them, so that `read_sealed` can tell whether they are whole."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(_seal(value) + value)
+
+
+def read_sealed(path: Path | str) -> bytes | None:
+    """Return what `write_sealed` wrote; None where there is no such file, or a bit of it changed."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError:
+        return None
+    value = content[_SEAL_BYTES:]
+    return value if content[:_SEAL_BYTES] == _seal(value) else None
+
+
+def _seal(value: bytes) -> bytes:
+    return f"sha256:{hashlib.sha256(value).hexdigest()}\n".encode()
+
+
+_SEAL_BYTES = len(_seal(b""))
 
 
 def write_json(path: Path | str, value: Any) -> None:

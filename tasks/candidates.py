@@ -1,8 +1,9 @@
 """Fan-out over calibration candidates, and what lets a killed step resume.
 
 Each candidate's value goes to `.cache/candidates/<key>` as soon as it is computed. The key digests everything that the
-value depends on, code and library versions included, and a value is validated before it is used again: the cache can
-be deleted at any time and never decides what is right. DVC remains the only memory between steps.
+value depends on, code and library versions included. A digest beside the value tells one that was changed or cut since,
+and it is validated before it is used again: the cache can be deleted at any time and never decides what is right. DVC
+remains the only memory between steps.
 """
 
 import hashlib
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from nirvana.files import atomic_file
+from nirvana.errors import InputError
+from nirvana.files import read_sealed, write_sealed
 from tasks import runners
 from tasks.environment_digest import code_digest, library_versions, machine
 from tasks.jobs import Job, Worker
@@ -43,7 +45,7 @@ def candidate_key(kind: str, **depends_on: Any) -> str:
 def run_jobs(
     worker: Worker,
     jobs: Sequence[Job],
-    is_valid: Callable[[Job], bool],
+    is_valid: Callable[[bytes], bool],
     runtime: "Runtime",
     workers: int,
     device: torch.device,
@@ -54,7 +56,7 @@ def run_jobs(
     Args:
         worker: A function of a module: other processes import it by name.
         jobs: One a candidate.
-        is_valid: Whether a job's result is whole.
+        is_valid: Whether bytes are a value of these jobs.
         runtime: Who computes.
         workers: What `runtime.workers` stands for here.
         device: What `runtime.device` stands for here.
@@ -63,7 +65,8 @@ def run_jobs(
     Raises:
         InputError: What a worker raised, or that workers were killed (finished candidates stay cached).
     """
-    todo = [job for job in jobs if not is_valid(job)]
+    found = [_kept(job) for job in jobs]
+    todo = [job for job, value in zip(jobs, found, strict=True) if value is None or not is_valid(value)]
     if len(todo) < len(jobs):
         log.info("%s: resuming, %d of %d candidates are already done", description, len(jobs) - len(todo), len(jobs))
     with tqdm(
@@ -78,8 +81,28 @@ def run_jobs(
 
 
 def _store(job: Job, value: bytes) -> None:
-    with atomic_file(job.result) as temporary:
-        temporary.write_bytes(value)
+    write_sealed(job.result, value)
+
+
+def _kept(job: Job) -> bytes | None:
+    value = read_sealed(job.result)
+    if value is None and job.result.exists():
+        log.warning("%s is damaged; candidate %d is computed again", job.result, job.index)
+    return value
+
+
+def value_of(job: Job) -> bytes:
+    """Return the value of a job that `run_jobs` has done.
+
+    Raises:
+        InputError: If it was changed since.
+    """
+    value = read_sealed(job.result)
+    if value is None:
+        raise InputError(
+            f"{job.result}: expected the value of candidate {job.index}, got a damaged file; run the same command again"
+        )
+    return value
 
 
 def forget(jobs: Sequence[Job]) -> None:

@@ -4,14 +4,13 @@ For `saliency.method: nirvana` these are channel sums, for `fisher` the units' o
 """
 
 import functools
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from nirvana.device import resolve_device
 from nirvana.files import atomic_directory
@@ -20,7 +19,7 @@ from nirvana.projections import output_projections
 from nirvana.saliency import channel_key, channel_saliency
 from nirvana.walk import Execution, Stack
 from nirvana.weights import model_digest
-from tasks.candidates import CACHE, candidate_key, forget, run_jobs
+from tasks.candidates import CACHE, candidate_key, forget, run_jobs, value_of
 from tasks.jobs import Job, Progress
 from tasks.token_files import read_ids
 from tasks.way_of_computing import chosen_way
@@ -63,7 +62,7 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
     run_jobs(
         _collect,
         jobs,
-        lambda job: _is_valid(job.result, expected),
+        lambda value: _is_valid(value, expected),
         params.runtime,
         way.workers,
         device,
@@ -71,7 +70,7 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
     )
     with atomic_directory(outputs["channel_saliency"]) as directory:
         for job in jobs:
-            shutil.copyfile(job.result, directory / f"candidate_{job.index:03d}.safetensors")
+            (directory / f"candidate_{job.index:03d}.safetensors").write_bytes(value_of(job))
     forget(jobs)
 
 
@@ -104,12 +103,11 @@ def _expected_sizes(model: Path, method: str) -> dict[str, int]:
     return {channel_key(slot): weights.shape(slot.parameter)[slot.dim] for slot in slots}
 
 
-def _is_valid(path: Path, expected: Mapping[str, int]) -> bool:
-    """Tell whether a cached file is whole: all vectors, of the right size, finite."""
+def _is_valid(value: bytes, expected: Mapping[str, int]) -> bool:
+    """Tell whether a cached value is whole: all vectors, of the right size, finite."""
     try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError):
+        found = load(value)
+    except SafetensorError:
         return False
     return {name: len(v) for name, v in found.items()} == expected and all(
         bool(torch.isfinite(vector).all()) for vector in found.values()

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nirvana.device import resolve_device
 from nirvana.errors import InputError
-from nirvana.files import write_json
+from nirvana.files import scratch_directory, write_json
 from nirvana.loading import load_config, load_model
 from nirvana.walk import Stack
 from tasks.cloze import write_cloze_task
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
     from tasks.params import Params
+
+SCRATCH = Path(".cache/scratch")  # not the system's: what a killed step leaves there, nobody removes
 
 _LOG = logging.getLogger(__name__)
 
@@ -67,9 +68,10 @@ def evaluate_checkpoint(
     # where there are sentinels, a blank is what the model was trained to fill
     blank = "<extra_id_0>" if judged.kind == SPANS else None
     # everything that can be wrong with the input is found before the model is loaded
-    with tempfile.TemporaryDirectory(prefix="nirvana-evaluation-") as folder:
+    with scratch_directory(SCRATCH / "evaluation") as scratch:
+        folder = scratch.resolve()
         items = {"cloze": asked.cloze_items, "continuation": asked.continuation_items}
-        tasks, manager = _load_tasks(expand(asked.tasks), documents, items, blank, Path(folder))
+        tasks, manager = _load_tasks(expand(asked.tasks), documents, items, blank, folder)
         perplexity = judged.perplexity(Stack.open(checkpoint, device, execution))
         _LOG.info("token perplexity %.2f", perplexity)
         # without tasks, a model that does not fit into memory can be judged too
@@ -77,7 +79,7 @@ def evaluate_checkpoint(
         if tasks:
             model = load_model(checkpoint, device)
             raw = _run_lm_eval(model, tokenizer, tasks, manager, asked.batch_size, asked.limit)
-        raw = deterministic(raw, folder)
+        raw = deterministic(raw, str(folder))
     write_json(raw_file, raw)
     write_json(
         summary_file,

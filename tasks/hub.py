@@ -3,6 +3,7 @@
 `HF_ENDPOINT` is honoured by huggingface_hub itself.
 """
 
+import hashlib
 import logging
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nirvana.errors import InputError
+from nirvana.files import sha256_file
 from tasks.sources import HubSource
 
 _LOG = logging.getLogger(__name__)
@@ -117,9 +119,34 @@ def download_files(source: HubSource, commit: str, names: list[str], directory: 
     _LOG.info("downloading %d files of %s at %s", len(names), source.repository, commit)
     snapshot_download(source.repository, revision=commit, local_dir=cache, allow_patterns=names)
     for name in names:
+        _check_download(cache, name)
+    for name in names:
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.move(cache / name, directory / name)
     shutil.rmtree(cache)
+
+
+def _check_download(cache: Path, name: str) -> None:
+    """Compare a file with the digest that the hub gave it: of a part that was there before, only its size was checked.
+
+    Raises:
+        InputError: If it differs; the file is gone then, so that the next run downloads it anew.
+    """
+    from huggingface_hub._local_folder import read_download_metadata
+
+    known = read_download_metadata(cache, name)
+    etag = "" if known is None else known.etag
+    file = cache / name
+    if re.fullmatch("[0-9a-f]{64}", etag):  # of large files
+        found = sha256_file(file)
+    elif re.fullmatch("[0-9a-f]{40}", etag):  # of others, as git names them
+        content = file.read_bytes()
+        found = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    else:
+        return
+    if found != etag:
+        file.unlink()
+        raise InputError(f"{name}: expected what the hub has ({etag}), got {found}; run the same command again")
 
 
 def _cache(source: HubSource, commit: str) -> Path:

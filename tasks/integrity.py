@@ -107,8 +107,13 @@ def stamp_of(path: Path) -> Stamp:
 
 def tree_digest(files: Mapping[str, str]) -> str:
     """Return DVC's digest of a directory from the md5 of its files, by path."""
+    return _md5(listing(files)).hexdigest() + ".dir"
+
+
+def listing(files: Mapping[str, str]) -> bytes:
+    """Return what DVC's cache holds of a directory: the md5 and path of each file, as JSON."""
     listed = [{"md5": files[name], "relpath": name} for name in sorted(files)]
-    return _md5(json.dumps(listed, sort_keys=True).encode()).hexdigest() + ".dir"
+    return json.dumps(listed, sort_keys=True).encode()
 
 
 def recorded_outputs(lock: Path = LOCK) -> dict[Path, Recorded]:

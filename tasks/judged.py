@@ -4,12 +4,14 @@
 only a file that says so, and nothing is copied.
 """
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from nirvana.checkpoint.recovered import read_form
+from nirvana.files import scratch_directory
+
+SCRATCH = Path(".cache/scratch")  # not the system's: what a killed step leaves there, nobody removes
 
 
 @contextmanager
@@ -27,8 +29,8 @@ def judged_checkpoint(checkpoint: Path, recovered: Path) -> Iterator[Path]:
     if form == "adapter":
         from nirvana.adapter import Adapter, merge
 
-        with tempfile.TemporaryDirectory(prefix="nirvana-merged-") as folder:
+        with scratch_directory(SCRATCH / "merged") as folder:
             merge(checkpoint, Adapter.load(recovered), folder)
-            yield Path(folder)
+            yield folder
     else:
         yield checkpoint if form == "none" else recovered

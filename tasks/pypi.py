@@ -113,11 +113,20 @@ def _extract(archive: zipfile.ZipFile, member: str, wheel: Path, directory: Path
 def _cached_wheel(directory: Path) -> Path | None:
     """Return the wheel in a directory if it is complete."""
     for wheel in sorted(directory.glob("*.whl")):
-        if zipfile.is_zipfile(wheel):
+        if _is_whole(wheel):
             return wheel
         _LOG.warning("%s is broken; downloading it again", wheel)
-        wheel.unlink()
+        wheel.replace(wheel.with_name(f"{wheel.name}.broken"))  # it may be one that a user put there
     return None
+
+
+def _is_whole(wheel: Path) -> bool:
+    """Tell whether every member has the CRC-32 that the archive says."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            return archive.testzip() is None
+    except Exception:  # whatever a flipped bit makes of an archive: zlib, struct and codecs have errors of their own
+        return False
 
 
 def _pip_download(requirement: str, directory: Path) -> tuple[int, str]:

@@ -18,7 +18,7 @@ from nirvana.files import atomic_file, sha256_file, write_json
 from nirvana.plan import from_ranges, to_ranges
 from nirvana.walk import Execution, Hidden, Stack
 from nirvana.weights import model_digest
-from tasks.candidates import CACHE, candidate_key, forget, run_jobs
+from tasks.candidates import CACHE, candidate_key, forget, run_jobs, value_of
 from tasks.jobs import Job, Progress
 from tasks.token_files import read_ids
 from tasks.unit_saliency import allocate_as_asked, candidate_files, read_unit_saliency
@@ -51,8 +51,8 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
         files = {name: inputs[name] for name in ("model", "heldout")}
         arguments = {"digests": (digest, heldout), "keep": ranges, "execution": way.execution}
         jobs.append(Job(index, CACHE / f"{key}.json", files, arguments))
-    run_jobs(_score, jobs, lambda job: _read(job.result) is not None, params.runtime, way.workers, device, "score pool")
-    scores = [_read(job.result) for job in jobs]
+    run_jobs(_score, jobs, lambda value: _read(value) is not None, params.runtime, way.workers, device, "score pool")
+    scores = [_read(value_of(job)) for job in jobs]
     _write(np.array(scores, dtype=np.float64), outputs)
     forget(jobs)
 
@@ -81,10 +81,10 @@ def _score(job: Job, device: str, progress: Progress) -> bytes:
     return json.dumps({"kl_divergence": value}).encode()
 
 
-def _read(path: Path) -> float | None:
+def _read(content: bytes) -> float | None:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))["kl_divergence"]
-    except (OSError, ValueError, KeyError, TypeError):
+        value = json.loads(content)["kl_divergence"]
+    except (ValueError, KeyError, TypeError):
         return None
     return value if isinstance(value, float) and math.isfinite(value) else None
 

@@ -60,7 +60,8 @@ def _entry(root: Path, name: str) -> dict:
 
 
 def _etag(path: Path) -> str:
-    return hashlib.sha1(path.read_bytes()).hexdigest()
+    content = path.read_bytes()  # as git names a file, which is what the hub says of small ones
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 class _Handler(BaseHTTPRequestHandler):

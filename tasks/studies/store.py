@@ -1,6 +1,7 @@
 """What lets a killed study resume: each part's value is a JSON file named by everything that it depends on.
 
-`.cache/studies/<study>/<sha256>.json` can be deleted at any time. The digest covers what the caller states, the source
+`.cache/studies/<study>/<sha256>.json` can be deleted at any time. A digest beside the value tells one that was damaged
+since. The digest in the name covers what the caller states, the source
 files behind the function that computes, the libraries and the kind of machine, so an edit of that code computes anew;
 one of its comments or docstrings does not.
 """
@@ -38,11 +39,19 @@ def cached(key_parts: Mapping[str, Any], compute: Callable[[], dict[str, Any]]) 
     key = study_key(key_parts, compute)
     file = STUDIES / str(key_parts["study"]) / f"{key}.json"
     with suppress(InputError, KeyError, TypeError):  # missing, broken or of another form: computed again
-        kept: dict[str, Any] = read_json(file)["value"]
-        return kept
-    write_json(file, {"key": dict(key_parts), "value": compute()})
+        content = read_json(file)
+        kept: dict[str, Any] = content["value"]
+        if content["digest"] == _value_digest(kept):
+            return kept
+    value = json.loads(json.dumps(compute()))
+    write_json(file, {"key": dict(key_parts), "value": value, "digest": _value_digest(value)})
     computed: dict[str, Any] = read_json(file)["value"]
     return computed
+
+
+def _value_digest(value: Any) -> str:
+    """Return the hex SHA-256 of a value as JSON spells it: a bit that changed on the disk is told."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def study_key(key_parts: Mapping[str, Any], compute: Callable[..., Any]) -> str:

@@ -15,6 +15,11 @@ from nirvana.files import (
     read_json,
     sha256_directory,
     write_json,
+    read_json,
+    read_sealed,
+    sha256_directory,
+    write_json,
+    write_sealed,
 )
 
 
@@ -146,3 +151,37 @@ def test_what_is_no_file_is_refused(tmp_path):
     for name in ("circle", "nowhere", "folder", "pipe", "absent"):
         with pytest.raises(InputError, match=name):
             copy_regular(root / name, tmp_path / "out", root)
+
+
+def test_every_file_gets_the_mode_of_a_new_file(tmp_path):
+    """safetensors writes through a temporary file of mode 0600."""
+    import torch
+    from safetensors.torch import save_file
+
+    with atomic_directory(tmp_path / "d") as directory:
+        save_file({"a": torch.ones(2)}, directory / "a.safetensors")
+        (directory / "deep").mkdir()
+        (directory / "deep/b").touch(0o600)
+    with atomic_file(tmp_path / "c.safetensors") as temporary:
+        save_file({"a": torch.ones(2)}, temporary)
+    umask = os.umask(0)
+    os.umask(umask)
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(files) == 3
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~umask}
+
+
+def test_no_flipped_bit_and_no_cut_of_a_sealed_file_is_believed(tmp_path):
+    file = tmp_path / "value"
+    write_sealed(file, b"1.5")
+    assert read_sealed(file) == b"1.5"
+    whole = file.read_bytes()
+    for position in range(len(whole)):
+        for bit in range(8):
+            damaged = bytearray(whole)
+            damaged[position] ^= 1 << bit
+            file.write_bytes(damaged)
+            assert read_sealed(file) is None
+        file.write_bytes(whole[:position])
+        assert read_sealed(file) is None
+    assert read_sealed(tmp_path / "absent") is None

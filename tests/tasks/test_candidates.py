@@ -10,7 +10,7 @@ from tiny import random_ids, tiny_llama
 from toy_workers import square
 
 from nirvana.errors import InputError
-from nirvana.files import sha256_directory
+from nirvana.files import read_sealed, sha256_directory, write_sealed
 from tasks import aggregate_saliency, candidates, collect_gradients, score_pool
 from tasks.candidates import candidate_key, run_jobs
 from tasks.jobs import Job
@@ -19,8 +19,12 @@ from tasks.params import Runtime, load_params, parse_params
 ROOT = Path(__file__).parents[2]
 
 
-def is_square(job):
-    return job.result.exists() and job.result.read_text() == str(job.index**2)
+def is_square(value):
+    return value.isdigit() and int(value) in (0, 1, 4, 9)
+
+
+def is_done(job):
+    return read_sealed(job.result) == str(job.index**2).encode()
 
 
 def make_jobs(folder, count=4, **arguments):
@@ -33,12 +37,13 @@ CPU = torch.device("cpu")
 
 def test_valid_values_are_reused_and_broken_ones_are_not(tmp_path, caplog):
     jobs = make_jobs(tmp_path)
-    jobs[1].result.write_text("1")
-    jobs[2].result.write_text("half of a val")
+    write_sealed(jobs[1].result, b"1")
+    write_sealed(jobs[2].result, b"half of a val")
+    jobs[3].result.write_text("9")  # no digest
     before = jobs[1].result.stat().st_mtime_ns
     with caplog.at_level("INFO"):
         run_jobs(square, jobs, is_square, HERE, 1, CPU, "test")
-    assert all(is_square(job) for job in jobs)
+    assert all(is_done(job) for job in jobs)
     assert jobs[1].result.stat().st_mtime_ns == before
     assert "resuming, 1 of 4 candidates are already done" in caplog.text
 
@@ -47,7 +52,7 @@ def test_error_of_a_worker_arrives_and_keeps_what_was_done(tmp_path):
     jobs = make_jobs(tmp_path, wrong=2)
     with pytest.raises(InputError, match="got a bad one"):
         run_jobs(square, jobs, is_square, HERE, 1, CPU, "test")
-    assert [job.index for job in jobs if is_square(job)] == [0, 1]
+    assert [job.index for job in jobs if is_done(job)] == [0, 1]
 
 
 def test_key_depends_on_what_is_stated():
@@ -118,6 +123,38 @@ def test_killed_step_resumes_at_its_candidates(step, name, output, params, pool,
     assert content(pool[output]) == undisturbed
 
 
+@pytest.mark.parametrize(
+    ("step", "name", "output"),
+    [(collect_gradients, "channel_saliency", "channel_saliency"), (score_pool, "kl_divergence", "selection")],
+)
+def test_a_flipped_bit_of_a_finished_candidate_is_not_believed(step, name, output, params, pool, monkeypatch, caplog):
+    """One of three candidates is done when the step dies, and its value is another, plausible one when it resumes."""
+    collect_gradients.run(params, pool, pool)
+    aggregate_saliency.run(params, pool, pool)
+    step.run(params, pool, pool)
+    undisturbed = content(pool[output])
+    remove(pool[output])
+    calls = []
+    real = getattr(step, name)
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(step, name, counted)
+    with pytest.raises(KeyboardInterrupt):
+        step.run(params, pool, pool)
+    (kept,) = candidates.CACHE.iterdir()
+    flipped = bytearray(kept.read_bytes())
+    flipped[-3] ^= 1  # a digit, or the low bits of a float
+    kept.write_bytes(flipped)
+    step.run(params, pool, pool)
+    assert "is damaged; candidate 0 is computed again" in caplog.text
+    assert len(calls) == 2 + 3 and content(pool[output]) == undisturbed
+
+
 def content(path):
     return sha256_directory(path) if path.is_dir() else path.read_bytes()
 
@@ -132,13 +169,14 @@ def test_not_finite_cache_is_not_used(params, pool):
     file = pool["channel_saliency"] / "candidate_000.safetensors"
     vectors = load_file(file)
     expected = {name: len(vector) for name, vector in vectors.items()}
-    assert collect_gradients._is_valid(file, expected)
+    assert collect_gradients._is_valid(file.read_bytes(), expected)
     key = next(iter(vectors))
     for damage in (lambda v: v[key].fill_(torch.nan), lambda v: v.pop(key)):
         damaged = {name: vector.clone() for name, vector in vectors.items()}
         damage(damaged)
         save_file(damaged, pool["model"].parent / "damaged.safetensors")
-        assert not collect_gradients._is_valid(pool["model"].parent / "damaged.safetensors", expected)
+        damaged_file = pool["model"].parent / "damaged.safetensors"
+        assert not collect_gradients._is_valid(damaged_file.read_bytes(), expected)
     assert sha256_directory(pool["channel_saliency"]) == good
 
 

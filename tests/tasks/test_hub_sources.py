@@ -1,5 +1,6 @@
 """hf: sources against a stand-in of the hub, in processes of their own that start offline as the pipeline does."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,6 +12,8 @@ import pytest
 from hub_stand_in import COMMIT, Hub, hub_stand_in
 from tiny import tiny_llama, tiny_tokenizer
 from wrappers import save_wrapper
+
+from nirvana.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 
@@ -232,3 +235,21 @@ def test_corpus_that_the_hub_cannot_give(changes, reason, hub_corpus, tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("InputError: ") and reason in last, done.stderr
     assert not (tmp_path / "data" / "corpus").exists()
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_a_download_that_is_not_what_the_hub_has_is_refused_and_not_kept(tmp_path, large):
+    from huggingface_hub._local_folder import write_download_metadata
+
+    from tasks.hub import _check_download
+
+    content = b"weights" * 100
+    git = hashlib.sha1(b"blob 700\0" + content).hexdigest()
+    etag = hashlib.sha256(content).hexdigest() if large else git
+    (tmp_path / "a.bin").write_bytes(content)
+    write_download_metadata(tmp_path, "a.bin", "0" * 40, etag)
+    _check_download(tmp_path, "a.bin")
+    (tmp_path / "a.bin").write_bytes(content[:300] + b"V" + content[301:])
+    with pytest.raises(InputError, match=r"^a.bin: expected what the hub has .* run the same command again$"):
+        _check_download(tmp_path, "a.bin")
+    assert not (tmp_path / "a.bin").exists()
