@@ -1,4 +1,4 @@
-# make run · make test · make lint · make ui · make bench · make quality · make demo-t5 · make clean
+# make run · make verify · make test · make lint · make ui · make bench · make quality · make demo-t5 · make clean
 # Everything runs in .venv, which is made from constraints.txt on first use.
 
 PYTHON ?= python3
@@ -10,10 +10,19 @@ READY := .venv/.ready
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := run
-.PHONY: run test lint ui bench quality bench-8b bench-1b demo-t5 clean setup
+.PHONY: run verify kills damage test lint ui bench quality bench-8b bench-1b demo-t5 clean setup
 
 run: $(READY)  ## set up, run the main job, print where everything is
 	@$(BIN)/python -m flows.pipeline
+
+verify: $(READY)  ## read every result and DVC's cache afresh, and say what is damaged
+	@$(BIN)/python -m flows.verify
+
+kills: $(READY)  ## kill a small pipeline at random moments, run it again, compare every byte
+	@$(BIN)/python -m benchmarks.reliability.kills
+
+damage: $(READY)  ## flip and cut files of a small pipeline: named, made again or refused
+	@$(BIN)/python -m benchmarks.reliability.damage
 
 test: $(READY)  ## every test, the slow ones included
 	@$(BIN)/python -m pytest -n 2 --dist loadfile

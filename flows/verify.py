@@ -345,9 +345,9 @@ def verify(say: Say) -> list[str]:
         if len(file.parent.name + file.name.removesuffix(".dir")) == 32:
             _drop_if_damaged(file, ledger, tell, afresh=True)
     ledger.save()
-    if LOCK.exists():
-        for each in STEPS:
-            prepare_cache(each.name, tell)
+    with suppress(InputError):  # said above
+        for declared in STEPS:
+            prepare_cache(declared.name, tell)
     return wrong
 
 

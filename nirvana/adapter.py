@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nirvana.architectures.architecture import Architecture
 from nirvana.checkpoint.companions import copy_companions, has_tokenizer
+from nirvana.checkpoint.digests import DIGESTS_NAME
 from nirvana.checkpoint.safetensors_stream import stream_safetensors
 from nirvana.checkpoint.tokenizer import check_same_ids, read_tokenizer
 from nirvana.errors import InputError
@@ -189,7 +190,7 @@ def merge(checkpoint: Path | str, adapter: Adapter, directory: Path | str) -> No
         header = {name: (weights.dtype(name), weights.shape(name)) for name in weights if weights.file_of[name] == file}
         stream_safetensors(directory / file.name, header, lambda name: adapter.apply(name, weights[name]))
     for file in sorted(checkpoint.iterdir()):  # but no adapter that lies there: it would be added once more on loading
-        if file.is_file() and file.suffix != ".safetensors" and file.name != CONFIG_NAME:
+        if file.is_file() and file.suffix != ".safetensors" and file.name not in (CONFIG_NAME, DIGESTS_NAME):
             copy_regular(file, directory / file.name, checkpoint)
     copy_companions(checkpoint, directory)  # templates in a folder of their own too
     if has_tokenizer(checkpoint):

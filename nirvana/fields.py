@@ -51,6 +51,10 @@ class Fields:
             raise InputError(f"{self._name(key)}: expected a value, found none; {self._remedy}")
         return self._value[key]
 
+    def keys(self) -> list[str]:
+        """Return the names of its values."""
+        return list(self._value)
+
     def whole(self, key: str, low: int, high: int) -> int:
         """Return a whole number of `low` to `high`; neither `true` nor 1.0 is one."""
         value = self.raw(key)

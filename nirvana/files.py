@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -140,8 +141,12 @@ def write_json(path: Path | str, value: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: Path | str) -> Any:
+def read_json(path: Path | str, unique_keys: bool = False) -> Any:
     """Read a JSON file.
+
+    Args:
+        path: The file.
+        unique_keys: Refuse an object that has a key twice, of which readers take the one or the other.
 
     Raises:
         InputError: If the file is missing, larger than 64 MiB or not JSON, which knows neither NaN nor infinity.
@@ -152,13 +157,22 @@ def read_json(path: Path | str) -> Any:
             content = file.read(_JSON_LIMIT + 1)
         if len(content) > _JSON_LIMIT:
             raise ValueError(f"more than {_JSON_LIMIT >> 20} MiB")
-        return json.loads(content.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
+        hook = _unique if unique_keys else None
+        return json.loads(content.decode("utf-8"), parse_constant=_finite, parse_float=_finite, object_pairs_hook=hook)
     except FileNotFoundError:
         raise InputError(f"{path}: expected a JSON file, found nothing; run the step that writes it") from None
     except OSError as error:
         raise InputError(f"{path}: expected a readable JSON file, got {error.strerror}; check the path") from error
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a number of over 4300 digits
         raise InputError(f"{path}: expected JSON, got something else ({error}); delete it and run again") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        (key, _), *_ = ((key, times) for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise ValueError(f"the key {key!r} stands twice in one object")
+    return value
 
 
 def _finite(text: str) -> float:

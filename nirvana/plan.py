@@ -22,6 +22,14 @@ PLAN_NAME = "nirvana_plan.json"
 """Name of the plan inside the checkpoint that it made."""
 MODULES = ("attention", "mlp")
 
+# what the last part of a site's name says
+_MODULE_OF = {
+    "kv_group": "attention",
+    "self_attention": "attention",
+    "cross_attention": "attention",
+    "mlp_neuron": "mlp",
+}
+
 # What a file claims is not believed beyond any real model: indices are 8 bytes each once they are read.
 _MOST_UNITS = 1_000_000  # of one site
 _MOST_UNITS_IN_ALL = 50_000_000
@@ -143,7 +151,7 @@ class Plan:
 
         Raises:
             InputError: If the file is not a plan of this schema version, a value is missing, mistyped or out of range,
-                or the achieved ratio is not what the kept units come to.
+                the achieved ratio is not what the kept units come to, or what the plan says twice differs.
         """
         path = Path(path)
         if path.is_dir():
@@ -153,7 +161,7 @@ class Plan:
                     f"{path.parent}: expected a plan or a pruned checkpoint with {PLAN_NAME}, got a directory without "
                     "one; check the path"
                 )
-        value = read_json(path)
+        value = read_json(path, unique_keys=True)
         version = value.get("schema_version") if isinstance(value, dict) else None
         if type(version) is not int or version != SCHEMA_VERSION:
             raise InputError(
@@ -163,6 +171,7 @@ class Plan:
         try:
             plan = _read_plan(Fields(value, "", "make the plan again"))
             plan._check_counts()
+            plan._check_requested()
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
         return plan
@@ -171,6 +180,7 @@ class Plan:
         ((name, times),) = Counter(site.name for site in self.sites).most_common(1)
         if times > 1:
             raise InputError(f"sites: expected each site once, got {name} {times} times; make the plan again")
+        check_told_once(self.sites)
         layers = {site.layer for site in self.sites}
         if self.num_layers != len(layers):
             raise InputError(
@@ -185,6 +195,14 @@ class Plan:
                 "again"
             )
 
+    def _check_requested(self) -> None:
+        asked = self.parameters.get("pruning_ratio", self.requested_ratio)
+        if type(asked) not in (int, float) or asked != self.requested_ratio:
+            raise InputError(
+                f"requested_ratio: expected parameters.pruning_ratio ({shortened(asked)}), got {self.requested_ratio}; "
+                "write the same in both, or make the plan again"
+            )
+
     def check_fits(self, sites: Sequence[Site], model_digest: str | None) -> None:
         """Refuse a model that the plan was not made for.
 
@@ -193,10 +211,11 @@ class Plan:
             model_digest: The model's digest, or None to compare shapes only.
 
         Raises:
-            InputError: If the digest, or the name or size of any site differs.
+            InputError: If the digest, or the name, place or size of any site differs, or sites that keep
+                equally many units (the experts of a layer) do not.
         """
-        expected = {site.name: (site.units, site.weights_per_unit) for site in sites}
-        planned = {site.name: (site.units, site.weights_per_unit) for site in self.sites}
+        expected = {site.name: (site.module, site.layer, site.units, site.weights_per_unit) for site in sites}
+        planned = {site.name: (site.module, site.layer, site.units, site.weights_per_unit) for site in self.sites}
         if planned != expected or len(self.sites) != len(sites):
             odd = min((name for name, _ in set(planned.items()) ^ set(expected.items())), default="a site named twice")
             raise InputError(
@@ -208,10 +227,57 @@ class Plan:
                 f"plan: expected the model {self.model_digest[:23]}…, got {model_digest[:23]}…; "
                 "apply the plan to the model it was made for, or make a new one"
             )
+        self._check_equal_counts(sites)
+
+    def check_type(self, model_type: str) -> None:
+        """Refuse a model of another `model_type` than the plan says.
+
+        Raises:
+            InputError: If they differ.
+        """
+        if model_type != self.model_type:
+            raise InputError(
+                f"plan: expected a model of model_type {self.model_type!r} (model.model_type), got one of "
+                f"{model_type!r}; make the plan again"
+            )
+
+    def _check_equal_counts(self, sites: Sequence[Site]) -> None:
+        kept, first = {site.name: len(site.keep_indices) for site in self.sites}, dict[str, str]()
+        for site in sites:
+            if site.equal_with is None:
+                continue
+            other = first.setdefault(site.equal_with, site.name)
+            if kept[other] != kept[site.name]:
+                raise InputError(
+                    f"plan: expected as many units at {site.name} as at {other} ({kept[other]}), which run as one "
+                    f"tensor, got {kept[site.name]}; make the plan again"
+                )
+
+    def check_sizes(self, sites: Sequence[Site], checkpoint: Path | str) -> None:
+        """Refuse a pruned checkpoint whose configuration has other sizes than the plan keeps.
+
+        Args:
+            sites: Of the pruned model.
+            checkpoint: What errors call it.
+
+        Raises:
+            InputError: If the number of units at any site differs.
+        """
+        kept = {site.name: len(site.keep_indices) for site in self.sites}
+        found = {site.name: site.units for site in sites}
+        if kept != found:
+            odd = min(name for name, _ in set(kept.items()) ^ set(found.items()))
+            raise InputError(
+                f"{checkpoint}: expected {kept.get(odd)} units at {odd} as its plan says, got {found.get(odd)}; "
+                "plan and weights do not belong together: prune again"
+            )
 
 
-def _said(size: tuple[int, int] | None) -> str:
-    return "nothing" if size is None else f"{size[0]} units of {size[1]} weights"
+def _said(site: tuple[str, int, int, int] | None) -> str:
+    if site is None:
+        return "nothing"
+    module, layer, units, weights = site
+    return f"{units} units of {weights} weights ({module} of layer {layer})"
 
 
 def _read_plan(top: Fields) -> Plan:
@@ -257,6 +323,51 @@ def _read_site(value: Fields) -> PlannedSite:
         weights_per_unit=value.whole("weights_per_unit", 1, _MOST_WEIGHTS),
         keep_indices=keep_indices,
     )
+
+
+def check_told_once(sites: Sequence[PlannedSite]) -> None:
+    """Refuse sites whose `layer` or `module` is not what their names say.
+
+    A name such as `decoder.3.mlp_neuron` counts layers within its stack; stacks follow one another.
+
+    Raises:
+        InputError: If they differ.
+    """
+    starts = _stack_starts(sites)
+    for site in sites:
+        said = _MODULE_OF.get(site.name.rpartition(".")[2], site.module)
+        if said != site.module:
+            raise InputError(
+                f"sites: expected module {said} at {site.name}, as its name says, got {site.module}; "
+                "make the plan again"
+            )
+        stack, number = _place(site.name)
+        if number is not None and site.layer != starts[stack] + number:
+            raise InputError(
+                f"sites: expected layer {starts[stack] + number} at {site.name}, as its name says, got {site.layer}; "
+                "make the plan again"
+            )
+
+
+def _stack_starts(sites: Sequence[PlannedSite]) -> dict[str, int]:
+    """Return the layer that each stack's first one is: the stack of the smallest layer comes first."""
+    sizes: dict[str, int] = {}
+    for site in sorted(sites, key=lambda site: site.layer):
+        stack, number = _place(site.name)
+        if number is not None:
+            sizes[stack] = max(sizes.get(stack, 0), number + 1)
+    starts, start = {}, 0
+    for stack, size in sizes.items():
+        starts[stack] = start
+        start += size
+    return starts
+
+
+def _place(name: str) -> tuple[str, int | None]:
+    """Return the stack that a site's name begins with, and its layer there: `("layers", 3)`."""
+    stack, _, rest = name.partition(".")
+    number = rest.partition(".")[0]
+    return stack, int(number) if number.isascii() and number.isdigit() and len(number) <= 7 else None
 
 
 def counted_ratio(sites: Iterable[PlannedSite]) -> dict[str, float]:

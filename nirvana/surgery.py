@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nirvana.checkpoint import modeling_nirvana
 from nirvana.checkpoint.config import MODELING_FILE, pruned_config
+from nirvana.checkpoint.digests import write_digests
 from nirvana.checkpoint.safetensors_stream import stream_safetensors
 from nirvana.checkpoint.tokenizer import carry, read_if_any
 from nirvana.errors import InputError
@@ -82,10 +83,11 @@ def prune(
             write_json(temporary / "config.json", config)
             carry(source, temporary, tokenizer, page)  # first: whether the tokenizer can be had is soon known
             with solved_parameters(fit, stack, plan, target, on_layer) as solved:
-                _write_weights(weights, slicer, written, solved, temporary, on_tensor)
+                digests = _write_weights(weights, slicer, written, solved, temporary, on_tensor)
             if "auto_map" in config:
                 shutil.copyfile(modeling_nirvana.__file__, temporary / MODELING_FILE)
             plan.write(temporary / PLAN_NAME)
+            write_digests(temporary, digests)
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
@@ -142,17 +144,24 @@ def _write_weights(
     solved: Mapping[str, Path],
     directory: Path,
     on_tensor: Callable[[str], None],
-) -> None:
-    """Write one output file for each input file, so that shards keep their size relation and names."""
+) -> dict[str, str]:
+    """Write one output file for each input file, so that shards keep their size relation and names.
+
+    Returns:
+        The SHA-256 of each, by name.
+    """
     files: dict[str, dict[str, str]] = {}
     for name, stored in written.items():
         files.setdefault(weights.file_of[stored].name, {})[name] = stored
-    for file_name, names in sorted(files.items()):
-        _write_file(weights, slicer, directory / file_name, names, solved, on_tensor)
+    digests = {
+        file_name: _write_file(weights, slicer, directory / file_name, names, solved, on_tensor)
+        for file_name, names in sorted(files.items())
+    }
     if list(files) != [WEIGHTS_NAME]:  # a single shard of another name is found by its index only
         weight_map = {name: file_name for file_name, names in files.items() for name in names}
         total = _checkpoint_bytes(weights, slicer, written)
         write_json(directory / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return digests
 
 
 def _write_file(
@@ -162,7 +171,7 @@ def _write_file(
     stored: Mapping[str, str],
     solved: Mapping[str, Path],
     on_tensor: Callable[[str], None],
-) -> None:
+) -> str:
     header = {
         name: (weights.dtype(source), slicer.shape(name, weights.shape(source))) for name, source in stored.items()
     }
@@ -171,4 +180,4 @@ def _write_file(
         on_tensor(name)
         return read_solved(solved, name) if name in solved else slicer.apply(name, weights[stored[name]])
 
-    stream_safetensors(path, header, read)
+    return stream_safetensors(path, header, read)

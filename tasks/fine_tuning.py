@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from nirvana.adapter import merge
 from nirvana.architectures.registry import read_config
+from nirvana.checkpoint.digests import write_digests
 from nirvana.checkpoint.recovered import Form, write_form
 from nirvana.device import resolve_device
 from nirvana.files import atomic_directory
@@ -81,6 +82,7 @@ def fine_tune(
         else:
             found.adapter.save(directory)
         write_form(directory, form, **settings)
+        write_digests(directory)
     return _summary(form, recipe, found, len(text[0])), [asdict(point) for point in found.curve], state
 
 

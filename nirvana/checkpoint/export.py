@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nirvana.checkpoint import export_gguf, export_hf, export_padded, export_uniform
+from nirvana.checkpoint.digests import write_digests
 from nirvana.checkpoint.export_source import Format, Options, Source, is_disk_full
 from nirvana.checkpoint.parity import Parity, check, compare, masked_logits
 from nirvana.checkpoint.parity_ids import parity_ids
@@ -88,6 +89,7 @@ def export_checkpoint(
             plan.write(temporary / PLAN_NAME)
             note = None if plan.compensation == source.plan.compensation else _NOT_COMPENSATED
             write_json(temporary / EXPORT_NAME, _metadata(to, options, plan, parity, note))
+            write_digests(temporary)
     except OSError as error:
         if not is_disk_full(error):
             raise

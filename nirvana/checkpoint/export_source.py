@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nirvana.checkpoint.companions import has_tokenizer
+from nirvana.checkpoint.digests import check_digests
 from nirvana.checkpoint.parity import Parity
 from nirvana.checkpoint.recovered import RECOVERY_NAME
 from nirvana.checkpoint.tokenizer import read_if_any, read_tokenizer
@@ -51,18 +52,12 @@ class Source:
                 f"{checkpoint}: expected the checkpoint that prune wrote, got one that was fine-tuned, which cannot be "
                 "compared with the masked dense model; export the pruned one"
             )
+        check_digests(checkpoint)
         plan = Plan.read(checkpoint / PLAN_NAME)
         pruned, dense = Stack.open(checkpoint), Stack.open(model)
         sites = dense.architecture.sites()
         plan.check_fits(sites, None)
-        kept = {site.name: len(site.keep_indices) for site in plan.sites}
-        found = {site.name: site.units for site in pruned.architecture.sites()}
-        if kept != found:
-            odd = min(name for name, _ in set(kept.items()) ^ set(found.items()))
-            raise InputError(
-                f"{checkpoint}: expected {kept.get(odd)} units at {odd} as its plan says, got {found.get(odd)}; "
-                "plan and weights do not belong together: prune again"
-            )
+        plan.check_sizes(pruned.architecture.sites(), checkpoint)
         plan.check_fits(sites, model_digest(model))
         return cls(checkpoint, model, plan, pruned, dense)
 

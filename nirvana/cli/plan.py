@@ -94,8 +94,12 @@ def apply(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+    from nirvana.architectures.registry import read_config
     from nirvana.surgery import prune
     from nirvana.weights import WeightFiles, weight_files
+
+    if not force:
+        content.check_type(read_config(model).model_type)
 
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
@@ -129,17 +133,36 @@ def validate(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Check a plan: its schema, its ranges, that its ratios are what its units come to, that it fits a model."""
+    """Check a plan: its schema, its ranges, that its ratios are what its units come to, that it fits a model.
+
+    Of a pruned checkpoint, every file is compared with the digest that was taken when it was written, and the sizes of
+    configuration and weights with the plan.
+    """
     if force and model is None:
         raise InputError("--force: expected --model beside it, got none; name the model that the plan shall fit")
     content = Plan.read(plan)
-    fits = ""
+    fits = _whole(plan, content) if plan.is_dir() else ""
     if model is not None:
         from nirvana.walk import Stack
         from nirvana.weights import model_digest
 
-        sites = Stack.open(model).architecture.sites()
+        stack = Stack.open(model)
+        sites = stack.architecture.sites()
         content.check_fits(sites, None if force else model_digest(model))
-        fits = f"; fits {printable(model)} by {'size' if force else 'digest'}"
+        if not force:
+            content.check_type(stack.architecture.config.model_type)
+        fits += f"; fits {printable(model)} by {'size' if force else 'digest'}"
     total = content.achieved_ratio["total"]
     typer.echo(f"valid: {printable(plan)} removes {total:.1%} of the block weights at {len(content.sites)} sites{fits}")
+
+
+def _whole(checkpoint: Path, plan: Plan) -> str:
+    """Check the files of a pruned checkpoint or an export, and return what the last line says of them."""
+    from nirvana.checkpoint.digests import DIGESTS_NAME, check_digests
+
+    listed = check_digests(checkpoint)
+    if not (checkpoint / "nirvana_export.json").is_file():  # an export has sizes of its own
+        from nirvana.walk import Stack
+
+        plan.check_sizes(Stack.open(checkpoint).architecture.sites(), checkpoint)
+    return "; files as written" if listed else f"; files not compared: no {DIGESTS_NAME} (an earlier release wrote it)"

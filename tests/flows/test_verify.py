@@ -190,7 +190,7 @@ def damaged_run_cache(path):
     for file in (path / ".dvc/cache/runs").glob("*/*/*"):
         file.write_text(file.read_text().replace("path: artifacts/plan.json", "path: artifacts/plam.json"))
     (path / "dvc.lock").unlink()
-    return "dropped from DVC's run-cache", ["allocate"]
+    return "dropped from DVC's run-cache", ["allocate", "prune", "report"]
 
 
 def empty_run_cache_entry(path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import family_configs, random_keep
+from tiny import all_families, family_configs, random_keep, t5_configs
 
 from nirvana.architectures.registry import architecture_for
 from nirvana.architectures.site import Site, Slot
@@ -94,10 +94,64 @@ def test_other_model_is_refused(plan, sites):
         plan.check_fits(sites[:-1], None)
 
 
+def test_a_type_that_is_not_the_models_is_refused(plan):
+    plan.check_type("llama")
+    with pytest.raises(InputError, match=r"expected a model of model_type 'llama' .* got one of 'qwen2'"):
+        plan.check_type("qwen2")
+
+
+@pytest.mark.parametrize("name", all_families())
+def test_what_every_family_plans_contradicts_nothing(name, tmp_path):
+    sites = architecture_for((family_configs() | t5_configs())[name]).sites()
+    origin = {"model_digest": "m", "model_type": "t", "calibration_digest": "c", "parameters": {"pruning_ratio": 0.4}}
+    Plan.build(sites, random_keep(sites), **origin).write(tmp_path / "plan.json")
+    Plan.read(tmp_path / "plan.json").check_fits(sites, "m")
+
+
+def test_layers_of_a_second_stack_follow_the_first(tmp_path):
+    sites = architecture_for(t5_configs()["t5-relu-tied"]).sites()
+    origin = {"model_digest": "m", "model_type": "t5", "calibration_digest": "c", "parameters": {"pruning_ratio": 0.4}}
+    plan = Plan.build(sites, random_keep(sites), **origin)
+    plan.write(tmp_path / "plan.json")
+    value = json.loads((tmp_path / "plan.json").read_text())
+    for site in value["sites"]:
+        site["layer"] = int(site["name"].split(".")[1])  # the decoder's too
+    value["model"]["num_layers"] = len({site["layer"] for site in value["sites"]})
+    (tmp_path / "plan.json").write_text(json.dumps(value))
+    with pytest.raises(InputError, match=r"sites: expected layer \d at (en|de)coder.0.*, as its name says, got 0"):
+        Plan.read(tmp_path / "plan.json")
+
+
+def test_a_key_that_stands_twice_is_refused(plan, tmp_path):
+    plan.write(tmp_path / "plan.json")
+    text = (tmp_path / "plan.json").read_text()
+    (tmp_path / "plan.json").write_text(
+        text.replace('"requested_ratio"', '"requested_ratio": 0.9,\n  "requested_ratio"')
+    )
+    with pytest.raises(InputError, match="the key 'requested_ratio' stands twice"):
+        Plan.read(tmp_path / "plan.json")
+
+
+def test_experts_of_a_layer_that_keep_unequally_are_refused():
+    name = next(name for name in family_configs() if "moe" in name)
+    sites = architecture_for(family_configs()[name]).sites()
+    keep = random_keep(sites)
+    group = [site for site in sites if site.equal_with][1]
+    keep[group.name] = keep[group.name][:-1]
+    origin = {"model_digest": "m", "model_type": "t", "calibration_digest": "c", "parameters": {"pruning_ratio": 0.4}}
+    with pytest.raises(InputError, match=f"plan: expected as many units at {group.name} as at"):
+        Plan.build(sites, keep, **origin).check_fits(sites, None)
+
+
 def every_unit(value):
     """A file of a few kilobytes that would have us make gigabytes of indices."""
     site = value["sites"][0]
     value["sites"] = [site | {"name": f"s{i}", "units": 1_000_000, "keep": "0-999999"} for i in range(51)]
+
+
+def other(site):
+    """Return the module that a site is not of."""
+    return "mlp" if site["module"] == "attention" else "attention"
 
 
 @pytest.mark.parametrize(
@@ -124,6 +178,14 @@ def every_unit(value):
         (lambda v: v.update(model=None), "model: expected an object, got None"),
         (lambda v: v["model"].update(num_layers=4), "model.num_layers: expected 3, the layers that the sites name"),
         (lambda v: v["model"].update(digest="a\x1bb"), r"model.digest: expected 1 to 200 printable characters"),
+        (lambda v: v.update(requested_ratio=0.9), "requested_ratio: expected parameters.pruning_ratio (0."),
+        (
+            lambda v: v["parameters"].update(pruning_ratio=0.9),
+            "expected parameters.pruning_ratio (0.9), got 0.4",
+        ),
+        (lambda v: v["parameters"].update(pruning_ratio=True), "expected parameters.pruning_ratio (True)"),
+        (lambda v: v["sites"][0].update(layer=2), "expected layer 0 at layers.0."),
+        (lambda v: v["sites"][0].update(module=other(v["sites"][0])), "sites: expected module"),
         (lambda v: v.update(compensation=[0.3]), "compensation: expected an object, got [0.3]"),
         (lambda v: v.update(compensation=False), "compensation: expected an object, got False"),
         (lambda v: v.update(compensation={}), "compensation.ridge: expected a value, found none"),
