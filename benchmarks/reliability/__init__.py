@@ -1,0 +1,1 @@
+"""What becomes of a pipeline that is killed or damaged: `kills`, `damage`."""
