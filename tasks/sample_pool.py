@@ -33,8 +33,10 @@ from nirvana.checkpoint.tokenizer import begins_with
 from nirvana.errors import InputError
 from nirvana.files import atomic_directory, atomic_file
 from nirvana.repetition import with_repetition
+from tasks.copies import groups_of_copies
 from tasks.documents import Document, in_turn, read_documents, write_documents
 from tasks.model_directory import load_tokenizer, vocabulary_size
+from tasks.pieces import LONGEST, join_short, pieces
 from tasks.span_corruption import PairMaker
 
 if TYPE_CHECKING:
@@ -45,6 +47,12 @@ _LOG = logging.getLogger(__name__)
 # upper edges of the splits' shares of the hash range; the rest is evaluation
 _CALIBRATION_BELOW = 0.7
 _HELDOUT_BELOW = 0.8
+# what any tokenizer makes of text, with room: bytes as tokens are 4, what a normaliser makes of one character more
+_MOST_TOKENS_A_CHARACTER = 8
+# of shares of a document; those before them are known not to suffice
+_TRIES = 256
+# by an Encoder: 128 MB; documents beyond are tokenised again when they are needed again
+_TOKENS_HELD = 1 << 25
 
 
 def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
@@ -86,7 +94,7 @@ def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path])
 def draw_candidates(asked: Calibration, documents: Sequence[Document], encoder: Encoder) -> Pool:
     """Return the pool of candidates, a batch each."""
     return draw(
-        documents,
+        long_enough(documents, encoder, asked.pool_size * asked.sequences, asked.sequence_length),
         encoder,
         batches=asked.pool_size,
         sequences=asked.sequences,
@@ -99,14 +107,48 @@ def draw_candidates(asked: Calibration, documents: Sequence[Document], encoder: 
 def draw_heldout(asked: Calibration, documents: Sequence[Document], encoder: Encoder) -> Pool:
     """Return the held-out batch; not by the seed, for pools of different seeds are compared by the same measure."""
     return draw(
-        documents,
+        long_enough(documents, encoder, asked.heldout_sequences, asked.heldout_length),
         encoder,
         batches=1,
         sequences=asked.heldout_sequences,
         length=asked.heldout_length,
         order="heldout",
-        names=("one held-out batch", "calibration.heldout_sequences", "calibration.heldout_length"),
+        names=(None, "calibration.heldout_sequences", "calibration.heldout_length"),
     )
+
+
+def long_enough(documents: Sequence[Document], encoder: Encoder, sequences: int, length: int) -> Sequence[Document]:
+    """Return documents that can give so many sequences: themselves, or neighbours joined where they are too short.
+
+    Args:
+        documents: Of one split.
+        encoder: Gives the tokens of a document.
+        sequences: Wanted in all.
+        length: Tokens a sequence.
+    """
+
+    def enough(some: Sequence[Document]) -> bool:
+        found = 0
+        for document in some:  # no more of them are tokenised than it takes
+            found += len(encoder(document)) // length
+            if found >= sequences:
+                return True
+        return False
+
+    if too_much(documents, sequences * length) or enough(documents):
+        return documents
+    joined = join_short(documents, lambda document: len(encoder(document)), length)
+    if len(joined) == len(documents) or not enough(joined):
+        return documents
+    _LOG.warning(
+        "documents are too short for %d sequences of %d tokens: of %d, neighbours are joined by a blank line, which "
+        "makes %d; a sequence may go over the end of one",
+        sequences,
+        length,
+        len(documents),
+        len(joined),
+    )
+    return joined
 
 
 def draw_compensation(
@@ -118,33 +160,45 @@ def draw_compensation(
 ) -> Pool:
     """Return one batch that compensation fits on; `name` is where `sequences` was asked for."""
     return draw(
-        documents,
+        long_enough(documents, encoder, sequences, params.compensation.sequence_length),
         encoder,
         batches=1,
         sequences=sequences,
         length=params.compensation.sequence_length,
         order=f"compensation {params.calibration.seed}",
-        names=("one batch for compensation", name, "compensation.sequence_length"),
+        names=(None, name, "compensation.sequence_length"),
     )
 
 
 def split_documents(documents: Sequence[Document]) -> dict[str, list[Document]]:
-    """Sort documents into calibration, heldout and evaluation by the SHA-256 of their names, keeping their order."""
+    """Sort documents into calibration, heldout and evaluation by the SHA-256 of their names, keeping their order.
+
+    Copies of a document (tasks/copies.py) go where the first of them goes: what was calibrated on judges nothing.
+    """
     splits: dict[str, list[Document]] = {"calibration": [], "heldout": [], "evaluation": []}
-    for document in documents:
-        share = _hash(document.id) / 2**64
+    firsts = groups_of_copies(documents)
+    for document, first in zip(documents, firsts, strict=True):
+        share = _hash(documents[first].id) / 2**64
         if share < _CALIBRATION_BELOW:
             splits["calibration"].append(document)
         elif share < _HELDOUT_BELOW:
             splits["heldout"].append(document)
         else:
             splits["evaluation"].append(document)
+    if copies := [place for place, first in enumerate(firsts) if place != first]:
+        _LOG.warning(
+            "%d of %d documents are copies or parts of others, such as %s of %s; each is in the split of the first",
+            len(copies),
+            len(documents),
+            documents[copies[0]].id,
+            documents[firsts[copies[0]]].id,
+        )
     return splits
 
 
 @dataclass
 class Encoder:
-    """Turns documents into token ids, each once.
+    """Turns documents into token ids, each once while the memory that is set aside for them suffices.
 
     `bos`, when not None, takes the place of each sequence's first token; `vocabulary` is the model's.
     """
@@ -152,7 +206,9 @@ class Encoder:
     tokenizer: Any
     vocabulary: int
     bos: int | None = None
-    _tokens: dict[str, np.ndarray] = field(default_factory=dict)
+    _tokens: dict[Document, np.ndarray] = field(default_factory=dict)
+    _held: int = 0
+    """Tokens in `_tokens`."""
 
     @classmethod
     def of_model(cls, model: Path, add_bos: bool | None) -> Encoder:
@@ -178,17 +234,27 @@ class Encoder:
         Raises:
             InputError: If a token is not in the model's vocabulary.
         """
-        if document.id not in self._tokens:
-            ids = self.tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
-            tokens = np.asarray(ids, dtype=np.int64)
-            largest = max(int(tokens.max(initial=0)), self.bos or 0)
-            if largest >= self.vocabulary:
-                raise InputError(
-                    f"corpus document {document.id}: token {largest} is outside the model's vocabulary of "
-                    f"{self.vocabulary}; use the tokenizer that the model was trained with"
-                )
-            self._tokens[document.id] = tokens
-        return self._tokens[document.id]
+        # by the document, not its name: two sources read apart may use one name
+        tokens = self._tokens.get(document)
+        if tokens is None:
+            parts = [self._encode(document.id, text) for text in pieces(document.text, LONGEST)]
+            tokens = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype=np.int32), *parts])
+            self._held += len(tokens)
+            while self._tokens and self._held > _TOKENS_HELD:
+                self._held -= len(self._tokens.pop(next(iter(self._tokens))))
+            self._tokens[document] = tokens
+        return tokens
+
+    def _encode(self, name: str, text: str) -> np.ndarray:
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = np.asarray(ids, dtype=np.int64)
+        largest = max(int(tokens.max(initial=0)), self.bos or 0)
+        if largest >= self.vocabulary:
+            raise InputError(
+                f"corpus document {name}: token {largest} is outside the model's vocabulary of "
+                f"{self.vocabulary}; use the tokenizer that the model was trained with"
+            )
+        return tokens.astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -209,7 +275,7 @@ def draw(
     sequences: int,
     length: int,
     order: str,
-    names: tuple[str, str, str],
+    names: tuple[str | None, str, str],
 ) -> Pool:
     """Draw batches that share no document; each sequence is a random contiguous window of one document.
 
@@ -223,7 +289,7 @@ def draw(
         sequences: Sequences a batch, from different documents unless there are too few.
         length: Tokens a sequence.
         order: Text that, hashed with a document's name, orders the documents and places the windows.
-        names: What the three numbers are called in params.yaml.
+        names: What the three numbers are called in params.yaml; None: no key, it is 1.
 
     Raises:
         InputError: If the documents do not suffice.
@@ -233,8 +299,14 @@ def draw(
     def usable(of_source: Sequence[Document]) -> Iterator[Document]:
         return (document for document in of_source if len(encoder(document)) >= length)
 
+    if documents and too_much(documents, batches * sequences * length):
+        raise InputError(
+            f"{names[0] or names[1]}: expected {batches} x {sequences} sequences of {length} tokens, many times what "
+            f"the {len(documents)} documents of this split hold ({sum(len(each.text) for each in documents)} characters "
+            f"in all); {_remedy(names)}"
+        )
     reached = 0
-    for per_document in range(1, sequences + 1):
+    for per_document in _most_a_document(ordered, encoder, batches, sequences, length):
         plan = _assign(in_turn(ordered, usable), encoder, batches, sequences, length, per_document)
         if len(plan) == batches:
             rows = [_windows(encoder, document, count, length, order) for batch in plan for document, count in batch]
@@ -243,13 +315,43 @@ def draw(
         reached = max(reached, len(plan))
     lengths = [len(encoder(document)) for document in ordered]
     long_enough = sum(tokens >= length for tokens in lengths)
-    pool_size, per_batch, window = names
     raise InputError(
-        f"{pool_size}: expected {batches} x {sequences} sequences of {length} tokens from documents of their own, the "
-        f"corpus allows {reached} such batches (this split has {len(documents)} documents, {long_enough} of at least "
-        f"{length} tokens, {sum(tokens // length for tokens in lengths)} sequences in all); lower {pool_size}, "
-        f"{per_batch} or {window}, or use a larger corpus (corpus.source, corpus.max_documents)"
+        f"{names[0] or names[1]}: expected {batches} x {sequences} sequences of {length} tokens from documents of "
+        f"their own, the corpus allows {reached} such batches (this split has {len(documents)} documents: files or rows, {long_enough} "
+        f"of at least {length} tokens, {sum(tokens // length for tokens in lengths)} sequences in all); "
+        f"{_remedy(names)}"
     )
+
+
+def _remedy(names: tuple[str | None, str, str]) -> str:
+    *keys, last = [name for name in names if name is not None]
+    return f"lower {', '.join(keys)} or {last}, or use a larger corpus (corpus.source, corpus.max_documents)"
+
+
+def too_much(documents: Iterable[Document], tokens: int) -> bool:
+    """Tell whether documents hold fewer tokens in all by any tokenizer; nothing is tokenised."""
+    return tokens > _MOST_TOKENS_A_CHARACTER * sum(len(document.text) + 1 for document in documents)
+
+
+def _most_a_document(
+    documents: Sequence[Document], encoder: Encoder, batches: int, sequences: int, length: int
+) -> Iterator[int]:
+    """Yield how many sequences a document may give at most, from 1 up, leaving out what cannot suffice."""
+    yield 1  # looks at no more documents than it needs
+    units = np.array([len(encoder(document)) // length for document in documents], dtype=np.int64)
+    largest = min(sequences, int(units.max(initial=0)))
+    first = 2
+    if np.minimum(units, largest).sum() >= batches * sequences:
+        low, high = 1, largest  # the least that gives enough sequences in all, by halving
+        while low < high:
+            middle = (low + high) // 2
+            enough = np.minimum(units, middle).sum() >= batches * sequences
+            low, high = (low, middle) if enough else (middle + 1, high)
+        first = max(2, low)
+    tries = range(first, largest + 1)
+    yield from tries[:_TRIES]
+    if len(tries) > _TRIES:
+        yield largest
 
 
 def _assign(
