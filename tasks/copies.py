@@ -2,8 +2,8 @@
 
 Copies are documents with the same text but for case, white space and Unicode compatibility forms (NFKC), and documents
 of which one holds four fifths of what the other says: of its runs of eight words (shingles), sampled by their hash. So
-another title page, a footer or a correction hides nothing. What is not found: a text told in other words, a translation,
-a text of fewer than some hundred words with anything but case and spacing changed, and texts that share less.
+another title page, a footer or a correction hides nothing. What is not found: a text told in other words, a
+translation, texts that share less, and a text of under some hundred words that differs in more than case and spaces.
 
 Source: Broder 1997, "On the resemblance and containment of documents".
 """

@@ -6,11 +6,12 @@ a book, one of which has another title page, are cut into the same pieces soon a
 Source: Muthitacharoen et al. 2001, "A Low-bandwidth Network File System", 3.1.
 """
 
+import itertools
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
-from typing import TextIO
+from dataclasses import dataclass, field
+from typing import IO
 
 from tasks.documents import Document
 
@@ -22,10 +23,29 @@ _LEAST_PIECE = 1 << 11
 _WANTED_PIECES = 200
 
 # where to cut, the best first: between paragraphs, lines, sentences, words
-_SEPARATORS = tuple(
-    map(re.compile, (r"\n[ \t\r]*\n\s*", r"\n\s*", r"(?<=[.!?…]) +|(?<=[。！？．।])\s*", r"\s+"))
-)
+_SEPARATORS = tuple(map(re.compile, (r"\n[ \t\r]*\n\s*", r"\n\s*", r"(?<=[.!?…]) +|(?<=[。！？．।])\s*", r"\s+")))
 _CONTEXT = 32  # characters after a cut, whose checksum chooses it
+
+
+@dataclass
+class Cutting:
+    """How long documents are cut, and which ones were."""
+
+    longest: int = LONGEST
+    size: int = PIECE
+    cut: list[str] = field(default_factory=list)
+    """Names of the documents."""
+
+    def named(self, document: Document, parts: Iterable[str]) -> Iterator[Document]:
+        """Yield a document's pieces as documents, or the document itself if there is one; its own text is not used."""
+        numbered = enumerate(parts)
+        first, second = next(numbered, (0, "")), next(numbered, None)
+        if second is None:
+            yield document._replace(text=first[1])
+            return
+        self.cut.append(document.id)
+        for number, part in itertools.chain([first, second], numbered):
+            yield document._replace(id=f"{document.id}:{number:05}", text=part)
 
 
 def pieces(text: str, longest: int, size: int | None = None) -> list[str]:
@@ -39,16 +59,16 @@ def pieces(text: str, longest: int, size: int | None = None) -> list[str]:
     return list(_cut(text, lambda: "", size or longest))
 
 
-def pieces_of_file(file: TextIO, longest: int, size: int) -> Iterator[str]:
+def pieces_of_file(file: IO[str], cutting: Cutting) -> Iterator[str]:
     """Read a text file that may be of any length: whole if it is short enough, else in the same pieces.
 
     Not all of a long file is ever in memory.
     """
-    held = file.read(longest + 1)
-    if len(held) <= longest:
+    held = file.read(cutting.longest + 1)
+    if len(held) <= cutting.longest:
         yield held
     else:
-        yield from _cut(held, lambda: file.read(longest), size)
+        yield from _cut(held, lambda: file.read(cutting.longest), cutting.size)
 
 
 def _cut(held: str, more: Callable[[], str], size: int) -> Iterator[str]:
@@ -89,15 +109,11 @@ def piece_size(characters: int) -> int:
     return min(max(characters // _WANTED_PIECES, _LEAST_PIECE), PIECE)
 
 
-def cut_documents(documents: Iterable[Document], longest: int, size: int) -> Iterator[Document]:
+def cut_documents(documents: Iterable[Document], cutting: Cutting) -> Iterator[Document]:
     """Cut documents that are too long; their pieces are named `name:00000`, `name:00001`, ..."""
     for document in documents:
-        parts = pieces(document.text, longest, size)
-        if len(parts) == 1:
-            yield document
-            continue
-        for number, part in enumerate(parts):
-            yield document._replace(id=f"{document.id}:{number:05}", text=part)
+        parts = pieces(document.text, cutting.longest, cutting.size)
+        yield from cutting.named(document, parts)
 
 
 def join_short(documents: Sequence[Document], length: Callable[[Document], int], least: int) -> list[Document]:
@@ -112,7 +128,7 @@ def join_short(documents: Sequence[Document], length: Callable[[Document], int],
         The documents; one of several is named after its first and the number of those that follow: `name+2`.
     """
     made: list[Document] = []
-    for _, of_source in groupby(documents, key=lambda document: document.source):
+    for _, of_source in itertools.groupby(documents, key=lambda document: document.source):
         held: list[Document] = []
         total = 0
         for document in of_source:

@@ -302,8 +302,8 @@ def draw(
     if documents and too_much(documents, batches * sequences * length):
         raise InputError(
             f"{names[0] or names[1]}: expected {batches} x {sequences} sequences of {length} tokens, many times what "
-            f"the {len(documents)} documents of this split hold ({sum(len(each.text) for each in documents)} characters "
-            f"in all); {_remedy(names)}"
+            f"the {len(documents)} documents of this split hold, which have "
+            f"{sum(len(each.text) for each in documents)} characters; {_remedy(names)}"
         )
     reached = 0
     for per_document in _most_a_document(ordered, encoder, batches, sequences, length):
@@ -317,9 +317,9 @@ def draw(
     long_enough = sum(tokens >= length for tokens in lengths)
     raise InputError(
         f"{names[0] or names[1]}: expected {batches} x {sequences} sequences of {length} tokens from documents of "
-        f"their own, the corpus allows {reached} such batches (this split has {len(documents)} documents: files or rows, {long_enough} "
-        f"of at least {length} tokens, {sum(tokens // length for tokens in lengths)} sequences in all); "
-        f"{_remedy(names)}"
+        f"their own, the corpus allows {reached} such batches (this split has {len(documents)} documents, which are "
+        f"files of text or rows, {long_enough} of at least {length} tokens, "
+        f"{sum(tokens // length for tokens in lengths)} sequences in all); {_remedy(names)}"
     )
 
 

@@ -14,12 +14,13 @@ from nirvana.errors import InputError
 from nirvana.files import read_json
 from nirvana.perplexity import windows_from_documents
 from nirvana.weights import model_digest
-from tasks.documents import Document, expand, read_documents, read_files
+from tasks.documents import Document, read_documents
 from tasks.generate_text import interleaved, writable_tokens, written_by
 from tasks.model_directory import load_tokenizer
 from tasks.sample_pool import Encoder, draw_candidates, draw_compensation, draw_heldout, split_documents
 from tasks.studies.comparison import Text, Texts
 from tasks.studies.store import cached
+from tasks.text_files import expand, read_files
 
 if TYPE_CHECKING:
     from tasks.params import Params
