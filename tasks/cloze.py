@@ -4,6 +4,12 @@ An item is a passage of whole sentences without its final word. That word also o
 reader of the passage can guess it; it is a plain lower-case content word. The model is right when greedy decoding
 gives exactly that word (lm-eval's `loglikelihood` accuracy); there is no list of choices, so chance is about zero.
 
+In other languages than English no list of function words is known. Where words stand apart, the last word may have a
+capital and must not be one of the hundred most frequent of a larger text. Where they do not, the passage breaks off
+before two to four characters of Chinese, a word in katakana, or three to twelve characters of Thai, Lao, Burmese or
+Khmer that end a stretch of such letters and occur earlier: the last such stretch of a sentence. That measures whether
+the model goes on with something it has read, not always with a whole word.
+
 A model that was trained to fill blanks is asked to fill one: the passage ends with the blank's token, and the answer
 begins with it.
 
@@ -11,12 +17,14 @@ Source: Paperno et al. 2016, "The LAMBADA dataset" (arXiv 1606.06031).
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tasks.documents import Document
 from tasks.lm_eval_task import write_task
-from tasks.passages import order_key, passage, split_sentences, spread_items
+from tasks.passages import all_items, order_key, passage, spread_items
+from tasks.writing import HAN, KATAKANA, LETTER, SOUTHEAST_ASIAN, STOPS, Writing, is_word
 
 _TEMPLATE = "cloze.yaml"
 
@@ -41,6 +49,18 @@ within without would year years your yours yourself
 _STOP_WORDS = frozenset(_FUNCTION_WORDS.split())
 # WikiText has a space before the stop
 _FINAL_WORD = re.compile(r"^(.*\S) ([a-z]+) ?[.!?]$")
+# any language with words apart
+_LAST_WORD = re.compile(rf"^(.*\S) ({LETTER}+) ?[{STOPS}]+[\"'»”’)]*$")
+_WORD = re.compile(rf"{LETTER}+")
+_CASELESS_LETTERS = 2  # a syllable is a letter in Korean, and vowels are no letters in Arabic
+_FREQUENT_WORDS = 100
+_LARGER_TEXT = 2000  # different words
+# without spaces: stretches of one script, and how much of their ends may be asked for
+_STRETCHES = re.compile(f"(?P<han>[{HAN}]{{2,}})|(?P<katakana>[{KATAKANA}]{{2,}})|(?P<other>[{SOUTHEAST_ASIAN}]{{3,}})")
+_HAN_TARGETS = range(4, 1, -1)
+_OTHER_TARGETS = range(12, 2, -1)
+_LAST_STRETCHES = 3
+_THAI_FOLLOWING_VOWELS = "ะาำๅ"  # letters to Unicode, but nothing begins with them
 
 
 def cloze_items(documents: Sequence[Document], count: int) -> list[dict[str, str]]:
@@ -57,14 +77,21 @@ def cloze_items(documents: Sequence[Document], count: int) -> list[dict[str, str
     Raises:
         InputError: If the documents do not hold that many.
     """
+    frequent = _frequent_words(documents)
     items = spread_items(
         documents,
-        lambda document: _passages(document.text),
+        lambda document: _passages(document.text, frequent),
         lambda item: order_key(*item),
         count,
         "evaluation.cloze_items",
     )
     return [{"context": context, "target": target, "document": document} for (context, target), document in items]
+
+
+def count_cloze_items(documents: Sequence[Document]) -> int:
+    """Return how many items documents hold."""
+    frequent = _frequent_words(documents)
+    return len(all_items(documents, lambda each: _passages(each.text, frequent), lambda item: order_key(*item)))
 
 
 def write_cloze_task(documents: Sequence[Document], count: int, directory: Path, blank: str | None = None) -> Path:
@@ -90,18 +117,66 @@ def write_cloze_task(documents: Sequence[Document], count: int, directory: Path,
     return write_task(_TEMPLATE, items, directory)
 
 
-def _passages(text: str) -> Iterator[tuple[str, str]]:
+def _frequent_words(documents: Sequence[Document]) -> frozenset[str]:
+    """Return the most frequent words of a larger text in other languages than English: mostly function words."""
+    counts: Counter[str] = Counter()
+    for document in documents:
+        if Writing.of(document.text) is Writing.SPACED:
+            counts.update(_WORD.findall(document.text))
+    if len(counts) < _LARGER_TEXT:
+        return frozenset()
+    return frozenset(sorted(counts, key=lambda word: (-counts[word], word))[:_FREQUENT_WORDS])
+
+
+def _passages(text: str, frequent: frozenset[str]) -> Iterator[tuple[str, str]]:
     """Yield (context, target) of passages that do not overlap."""
-    sentences = split_sentences(text)
+    writing = Writing.of(text)
+    sentences = writing.sentences(text)
     begin = 0
     for end, sentence in enumerate(sentences):
+        for beginning, target in _endings(sentence, writing, frequent):
+            context = passage(sentences[begin:end], beginning, writing)
+            if context is None:
+                continue
+            if writing.spaced:
+                words = re.findall(r"\w+", context) if writing is Writing.ENGLISH else _WORD.findall(context)
+                known = target in words
+            else:
+                known = target in context
+            if known:
+                yield context, f" {target}" if writing.spaced else target
+                begin = end + 1
+                break
+
+
+def _endings(sentence: str, writing: Writing, frequent: frozenset[str]) -> Iterator[tuple[str, str]]:
+    """Yield the ways in which a sentence can break off before what is asked for, the preferred one first."""
+    if writing is Writing.ENGLISH:
         match = _FINAL_WORD.match(sentence)
-        if not match or not _is_plain(match[2]):
-            continue
-        context = passage(sentences[begin:end], match[1])
-        if context is not None and match[2] in re.findall(r"\w+", context):
-            yield context, f" {match[2]}"
-            begin = end + 1
+        if match and _is_plain(match[2]):
+            yield match[1], match[2]
+    elif writing.spaced:
+        match = _LAST_WORD.match(sentence)
+        if match and _is_long(match[2]) and match[2] not in frequent:
+            yield match[1], match[2]
+    else:
+        for stretch in list(_STRETCHES.finditer(sentence))[: -_LAST_STRETCHES - 1 : -1]:
+            for length in _lengths(stretch):
+                begin = stretch.end() - length
+                if begin > 0 and sentence[begin].isalpha() and sentence[begin] not in _THAI_FOLLOWING_VOWELS:
+                    yield sentence[:begin].rstrip(), sentence[begin : stretch.end()]
+
+
+def _lengths(stretch: re.Match[str]) -> Sequence[int]:
+    longest = len(stretch[0])
+    if stretch["katakana"]:
+        return [longest]
+    return [length for length in (_HAN_TARGETS if stretch["han"] else _OTHER_TARGETS) if length <= longest]
+
+
+def _is_long(word: str) -> bool:
+    cased = word.lower() != word.upper()
+    return is_word(word) and len(word) >= (_TARGET_LETTERS if cased else _CASELESS_LETTERS)
 
 
 def _is_plain(word: str) -> bool:

@@ -5,6 +5,9 @@ The other three end other sentences of the same document, which are not in the p
 word, have as many words, are of the same length to within eight characters, hold nothing but lower-case words, commas
 and the final stop, and come from the same draw: only the passage tells them apart. Chance is a quarter.
 
+In other languages than English words may have capitals. Where words do not stand apart, endings are of 8 to 20
+characters, as many in all four, and begin with the same one.
+
 A model that was trained to fill blanks is asked to fill one: the passage ends with the blank's token, and every ending
 begins with it.
 
@@ -20,7 +23,8 @@ from typing import Any, NamedTuple
 
 from tasks.documents import Document
 from tasks.lm_eval_task import write_task
-from tasks.passages import order_key, passage, split_sentences, spread_items
+from tasks.passages import all_items, order_key, passage, spread_items
+from tasks.writing import HAN, LETTER, SOUTHEAST_ASIAN, STOPS, Writing
 
 _TEMPLATE = "continuation.yaml"
 CHOICES = 4
@@ -30,6 +34,11 @@ _BEGINNING_WORDS = 4  # of the broken sentence, at least
 _LENGTH_STEP = 8  # characters
 # plain words and commas, and the stop (with WikiText's spaces before them): no capital, digit or quote to go by
 _ENDING = re.compile(r"[a-z]+(?: ?,| [a-z]+)+( ?\.)")
+# any language with words apart
+_ANY_ENDING = re.compile(rf"{LETTER}+(?: ?[,،]| {LETTER}+)+( ?[{STOPS}])")
+_UNSPACED_CHARACTERS = range(8, 21)
+_UNSPACED_BEGINNING = 6
+_UNSPACED_ENDING = re.compile(f"[{HAN}\u3041-\u30fa\u30fc{SOUTHEAST_ASIAN}、，]+([。！？]?)")
 
 
 class _Ending(NamedTuple):
@@ -66,6 +75,17 @@ def continuation_items(documents: Sequence[Document], count: int) -> list[dict[s
     return [item | {"document": document} for item, document in items]
 
 
+def count_continuation_items(documents: Sequence[Document]) -> int:
+    """Return how many items documents hold."""
+    return len(
+        all_items(
+            documents,
+            lambda document: _items(document.text),
+            lambda item: order_key(item["context"], *item["choices"]),
+        )
+    )
+
+
 def write_continuation_task(
     documents: Sequence[Document], count: int, directory: Path, blank: str | None = None
 ) -> Path:
@@ -94,29 +114,40 @@ def write_continuation_task(
 
 def _items(text: str) -> Iterator[dict[str, Any]]:
     """Yield the items of a document; their passages do not overlap."""
-    sentences = split_sentences(text)
-    of_sentence = [list(_endings(number, sentence)) for number, sentence in enumerate(sentences)]
+    writing = Writing.of(text)
+    sentences = writing.sentences(text)
+    made = _endings if writing.spaced else _unspaced_endings
+    of_sentence = [list(made(number, sentence, writing)) for number, sentence in enumerate(sentences)]
     of_kind: dict[tuple[str, str, int, int], list[_Ending]] = defaultdict(list)
     for endings in of_sentence:
         for ending in endings:
             of_kind[ending.kind].append(ending)
     begin = 0
     for end in range(len(sentences)):
-        item = _item(sentences, begin, of_sentence[end], of_kind)
+        item = _item(sentences, begin, of_sentence[end], of_kind, writing)
         if item is not None:
             yield item
             begin = end + 1
 
 
-def _endings(number: int, sentence: str) -> Iterator[_Ending]:
+def _endings(number: int, sentence: str, writing: Writing) -> Iterator[_Ending]:
     """Yield every ending of a sentence that could be a choice."""
+    allowed = _ENDING if writing is Writing.ENGLISH else _ANY_ENDING
     words = sentence.split(" ")
     for count in _ENDING_WORDS:
         beginning, text = words[:-count], " ".join(words[-count:])
-        match = _ENDING.fullmatch(text)
+        match = allowed.fullmatch(text)
         if len(beginning) >= _BEGINNING_WORDS and match:
             kind = (words[-count], match[1], count, len(text) // _LENGTH_STEP)
             yield _Ending(number, " ".join(beginning), text, kind)
+
+
+def _unspaced_endings(number: int, sentence: str, writing: Writing) -> Iterator[_Ending]:
+    for count in _UNSPACED_CHARACTERS:
+        beginning, text = sentence[:-count], sentence[-count:]
+        match = _UNSPACED_ENDING.fullmatch(text)
+        if len(beginning) >= _UNSPACED_BEGINNING and match and text[0].isalpha():
+            yield _Ending(number, beginning, text, (text[0], match[1], count, 0))
 
 
 def _item(
@@ -124,10 +155,11 @@ def _item(
     begin: int,
     endings: Sequence[_Ending],
     of_kind: Mapping[tuple[str, str, int, int], Sequence[_Ending]],
+    writing: Writing,
 ) -> dict[str, Any] | None:
     """Return an item of one sentence's endings, the first in hash order that has a passage and three rivals."""
     for true in sorted(endings, key=lambda ending: order_key(ending.beginning, ending.text)):
-        context = passage(sentences[begin : true.sentence], true.beginning)
+        context = passage(sentences[begin : true.sentence], true.beginning, writing)
         if context is None:
             continue
         rivals = {true.text: true.sentence}
@@ -139,7 +171,7 @@ def _item(
                 choices = sorted(rivals, key=lambda text: order_key("place", context, text))
                 return {
                     "context": context,
-                    "choices": [f" {text}" for text in choices],
+                    "choices": [f" {text}" if writing.spaced else text for text in choices],
                     "label": choices.index(true.text),
                 }
     return None

@@ -23,6 +23,7 @@ _CONTAINED = 0.8
 _SAMPLED = 4  # one shingle of so many is compared
 _LEAST_SHINGLES = 25  # sampled, of either document: fewer say too little
 _NEIGHBOURS = 16  # of those that share a shingle each is compared with so many: more is a common phrase
+_NONE = np.empty(0, dtype=np.uint64)
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _SHORTEST = 8  # characters: a "yes" that two people wrote is no copy
 _WORD = re.compile(r"\w+")
@@ -49,7 +50,7 @@ def groups_of_copies(documents: Sequence[Document]) -> list[int]:
         digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         known = seen.setdefault(digest, place) if len(text) >= _SHORTEST else place
         first[place] = known
-        shingles.append(_shingles(text) if known == place else np.empty(0, dtype=np.uint64))
+        shingles.append(_shingles(text) if known == place else _NONE)
     for one, other in _near(shingles):
         low, high = sorted((root(one), root(other)))
         first[high] = low
@@ -63,9 +64,11 @@ def normalised(text: str) -> str:
 
 def _shingles(text: str) -> np.ndarray:
     """Return the sampled hashes of a text's different runs of words."""
+    if len(text) < _LEAST_SHINGLES:  # of two million rows most are short
+        return _NONE
     words = (_CHARACTER_OR_WORD if _ANY_UNSPACED.search(text) else _WORD).findall(text)
-    if len(words) < _WORDS_A_SHINGLE:
-        return np.empty(0, dtype=np.uint64)
+    if len(words) < _WORDS_A_SHINGLE + _LEAST_SHINGLES:
+        return _NONE
     codes = np.fromiter((zlib.crc32(word.encode()) for word in words), dtype=np.uint64, count=len(words))
     runs = len(words) - _WORDS_A_SHINGLE + 1
     hashes = np.zeros(runs, dtype=np.uint64)

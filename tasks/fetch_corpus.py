@@ -122,14 +122,15 @@ def _cut_few(kept: Kept, source: str, corpus: Corpus, cutting: Cutting) -> Kept:
         cutting.cut += smaller.cut
     if cutting.cut:
         _LOG.warning(
-            "%s: %d documents, such as %s, are longer than %d characters or few; cut into pieces at the ends of "
-            "paragraphs, lines or sentences, they make %d documents. Pieces of one text fall into different splits, so "
-            "calibration and evaluation share its subject, names and style",
+            "%s: %d documents, such as %s, are longer than %d characters or few; cut at the ends of paragraphs, lines "
+            "or sentences, they make %d documents%s. Pieces of one text fall into different splits, so calibration and "
+            "evaluation share its subject, names and style",
             source,
             len(cutting.cut),
             cutting.cut[0],
             LONGEST,
             len(documents),
+            ", which is corpus.max_documents: no more is read" if len(documents) == corpus.max_documents else "",
         )
     return replace(kept, documents=documents, cut=len(cutting.cut))
 

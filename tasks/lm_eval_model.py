@@ -10,6 +10,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from nirvana.checkpoint.tokenizer import begins_with
+from tasks.writing import ends_unspaced
 
 
 class ContinuationLM(HFLM):
@@ -59,6 +60,17 @@ class ContinuationLM(HFLM):
             return super().loglikelihood_rolling(*args, **kwargs)
         finally:
             self._whole_documents = False
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokenise context and continuation, together where a space parts them.
+
+        Within Chinese, Japanese or Thai a token may go over the end of the context. HFLM would then score what is left
+        of the continuation behind that token, or nothing.
+        """
+        whole, rest = super()._encode_pair(context, continuation)
+        if ends_unspaced(context) and self.tok_encode(context + continuation) != [*whole, *rest]:
+            rest = self.tok_encode(continuation, add_special_tokens=False)
+        return whole, rest
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         self._longest_continuation = max((len(continuation) for _, _, continuation in requests), default=0)

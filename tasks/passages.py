@@ -1,43 +1,37 @@
 """Passages of whole sentences from held-out documents, and the spreading of items over the documents."""
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from nirvana.errors import InputError
 from tasks.documents import Document, in_turn
+from tasks.writing import Writing
 
 Item = TypeVar("Item")
 
 _LEAST_WORDS = 40  # whole sentences, so up to one sentence more
 _MOST_WORDS = 90
-# two letters before the stop: initials and most abbreviations end no sentence; WikiText has a space before the stop
-_SENTENCE_END = re.compile(r"(?:(?<=[a-z]{2}[.!?])|(?<=[a-z]{2} [.!?]))\s+(?=[A-Z])")
 
 
-def split_sentences(text: str) -> list[str]:
-    """Split a text into sentences; line breaks become spaces."""
-    return _SENTENCE_END.split(" ".join(text.split()))
-
-
-def passage(before: Sequence[str], beginning: str) -> str | None:
+def passage(before: Sequence[str], beginning: str, writing: Writing = Writing.ENGLISH) -> str | None:
     """Return the passage of 40 to 90 words that ends with the beginning of a sentence.
 
     Args:
         before: Sentences that may precede it, in the text's order; at least one is taken.
         beginning: The sentence as far as it is shown.
+        writing: What counts as a word, and what stands between sentences.
 
     Returns:
         The shortest such passage of whole sentences; None if it would be too long or the text begins too late.
     """
-    first, words = len(before), len(beginning.split())
+    first, words = len(before), writing.words(beginning)
     while words < _LEAST_WORDS and first > 0:
         first -= 1
-        words += len(before[first].split())
+        words += writing.words(before[first])
     if first == len(before) or not _LEAST_WORDS <= words <= _MOST_WORDS:
         return None
-    return " ".join([*before[first:], beginning])
+    return writing.joint.join([*before[first:], beginning])
 
 
 def spread_items(
@@ -62,6 +56,21 @@ def spread_items(
     Raises:
         InputError: If the documents do not hold that many.
     """
+    items = all_items(documents, make_items, key)
+    if len(items) < count:
+        task = parameter.removeprefix("evaluation.").removesuffix("_items")
+        raise InputError(
+            f"{parameter}: expected {count} items, the {len(documents)} evaluation documents hold {len(items)}; lower "
+            f"it, use a larger corpus (corpus.source, corpus.max_documents) of running text, or leave {task} out of "
+            "evaluation.tasks ([]: perplexity alone)"
+        )
+    return items[:count]
+
+
+def all_items(
+    documents: Sequence[Document], make_items: Callable[[Document], Iterable[Item]], key: Callable[[Item], bytes]
+) -> list[tuple[Item, str]]:
+    """Make all items that documents hold, in the order of `spread_items`."""
 
     def spread(of_source: Sequence[Document]) -> Iterator[tuple[Item, str]]:
         shuffled = sorted(of_source, key=lambda document: order_key(document.id))
@@ -70,13 +79,7 @@ def spread_items(
         # one item of each document, then a second of each, ...
         yield from (queue[turn] for turn in range(rounds) for queue in queues if turn < len(queue))
 
-    items = list(in_turn(documents, spread))
-    if len(items) < count:
-        raise InputError(
-            f"{parameter}: expected {count} items, the {len(documents)} evaluation documents hold "
-            f"{len(items)}; lower it or use a larger corpus (corpus.source, corpus.max_documents)"
-        )
-    return items[:count]
+    return list(in_turn(documents, spread))
 
 
 def _name(document: Document) -> str:

@@ -53,6 +53,7 @@ _MOST_TOKENS_A_CHARACTER = 8
 _TRIES = 256
 # by an Encoder: 128 MB; documents beyond are tokenised again when they are needed again
 _TOKENS_HELD = 1 << 25
+_TOKENS_AN_ENTRY = 64
 
 
 def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
@@ -64,16 +65,7 @@ def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path])
     calibration = params.calibration
     splits = split_documents(read_documents(inputs["corpus"] / "documents.jsonl"))
     encoder = Encoder.of_model(inputs["model"], calibration.add_bos)
-    pool = draw_candidates(calibration, splits["calibration"], encoder)
-    heldout = draw_heldout(calibration, splits["heldout"], encoder)
-    fitted = Pool(np.empty((1, 0, params.compensation.sequence_length), dtype=np.int64), [], "nothing")
-    if params.compensation.method != "none":
-        fitted = draw_compensation(params, splits["calibration"], encoder, params.compensation.sequences)
-    if not splits["evaluation"]:
-        raise InputError(
-            f"corpus: expected documents to evaluate on, none of its {sum(map(len, splits.values()))} fell into the "
-            "evaluation split (20 % by hash); use a corpus of more documents"
-        )
+    pool, heldout, fitted = draw_all(params, splits, encoder)
     config = read_config(inputs["model"])
     pairs = PairMaker.of_model(encoder.tokenizer, config) if config.is_encoder_decoder else None
     repeated = calibration.repeated
@@ -89,6 +81,31 @@ def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path])
     with atomic_directory(outputs["evaluation"]) as directory:
         write_documents(directory / "documents.jsonl", splits["evaluation"])
     _LOG.info("pool of %s tokens from %d documents", pool.input_ids.shape, sum(map(len, pool.documents)))
+
+
+def draw_all(params: Params, splits: Mapping[str, Sequence[Document]], encoder: Encoder) -> tuple[Pool, Pool, Pool]:
+    """Draw candidates, the held-out batch, and what compensation fits on: no sequences, if nothing is compensated.
+
+    Args:
+        params: Reads `calibration` and `compensation`.
+        splits: As `split_documents` makes them.
+        encoder: Gives the tokens of a document.
+
+    Raises:
+        InputError: If a split does not suffice, or there is nothing to evaluate on.
+    """
+    pool = draw_candidates(params.calibration, splits["calibration"], encoder)
+    heldout = draw_heldout(params.calibration, splits["heldout"], encoder)
+    fitted = Pool(np.empty((1, 0, params.compensation.sequence_length), dtype=np.int64), [], "nothing")
+    if params.compensation.method != "none":
+        fitted = draw_compensation(params, splits["calibration"], encoder, params.compensation.sequences)
+    if not splits["evaluation"]:
+        raise InputError(
+            f"corpus: expected documents to evaluate on, none of its {sum(map(len, splits.values()))} fell into the "
+            "evaluation split (20 % by hash; copies go together); use a corpus of more documents, which are files of "
+            "text or rows"
+        )
+    return pool, heldout, fitted
 
 
 def draw_candidates(asked: Calibration, documents: Sequence[Document], encoder: Encoder) -> Pool:
@@ -129,7 +146,8 @@ def long_enough(documents: Sequence[Document], encoder: Encoder, sequences: int,
 
     def enough(some: Sequence[Document]) -> bool:
         found = 0
-        for document in some:  # no more of them are tokenised than it takes
+        # no more of them are tokenised than it takes
+        for document in tqdm(some, desc="tokenizing documents", unit="", mininterval=1.0, leave=False):
             found += len(encoder(document)) // length
             if found >= sequences:
                 return True
@@ -208,7 +226,7 @@ class Encoder:
     bos: int | None = None
     _tokens: dict[Document, np.ndarray] = field(default_factory=dict)
     _held: int = 0
-    """Tokens in `_tokens`."""
+    """Tokens in `_tokens`, and what its entries take besides."""
 
     @classmethod
     def of_model(cls, model: Path, add_bos: bool | None) -> Encoder:
@@ -239,9 +257,9 @@ class Encoder:
         if tokens is None:
             parts = [self._encode(document.id, text) for text in pieces(document.text, LONGEST)]
             tokens = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype=np.int32), *parts])
-            self._held += len(tokens)
+            self._held += len(tokens) + _TOKENS_AN_ENTRY
             while self._tokens and self._held > _TOKENS_HELD:
-                self._held -= len(self._tokens.pop(next(iter(self._tokens))))
+                self._held -= len(self._tokens.pop(next(iter(self._tokens)))) + _TOKENS_AN_ENTRY
             self._tokens[document] = tokens
         return tokens
 
