@@ -82,7 +82,8 @@ def fine_tune(
         else:
             found.adapter.save(directory)
         write_form(directory, form, **settings)
-        write_digests(directory)
+        if form == "merged":
+            write_digests(directory)
     return _summary(form, recipe, found, len(text[0])), [asdict(point) for point in found.curve], state
 
 

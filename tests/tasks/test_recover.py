@@ -16,6 +16,7 @@ import torch
 from tiny import random_keep, tiny_corpus, tiny_llama, tiny_t5
 from transformers import AutoTokenizer
 
+from nirvana.checkpoint.digests import DIGESTS_NAME, check_digests
 from nirvana.checkpoint.export import export_checkpoint
 from nirvana.checkpoint.recovered import RECOVERY_NAME
 from nirvana.errors import InputError
@@ -252,7 +253,9 @@ def test_an_adapter_alone_is_judged_as_the_merged_checkpoint(inputs, merged, tmp
     assert outputs["recovery_curve"].read_bytes() == merged["recovery_curve"].read_bytes()
     with judged_checkpoint(inputs["checkpoint"], outputs["recovered"]) as judged:
         found = content(judged)
-        assert found == {k: v for k, v in content(merged["recovered"]).items() if k != RECOVERY_NAME}
+        whole = content(merged["recovered"])
+        assert found == {k: v for k, v in whole.items() if k not in (RECOVERY_NAME, DIGESTS_NAME)}
+    assert check_digests(merged["recovered"])
     assert not judged.exists()
 
 
