@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from tiny import random_keep, save_family, tiny_tokenizer
 
 from nirvana.calibration import calibration_digest
+from nirvana.checkpoint.digests import DIGESTS_NAME
 from nirvana.checkpoint.export import Options, export_checkpoint
 from nirvana.plan import PLAN_NAME, Compensation, Plan
 from nirvana.surgery import prune
@@ -38,6 +39,7 @@ def write_plan(root: Path, keep) -> Plan:
         parameters={"pruning_ratio": 0.4, "gamma": 1.5, "round_to": 4},
     )
     (root / "pruned").mkdir(exist_ok=True)
+    (root / "pruned" / DIGESTS_NAME).unlink(missing_ok=True)
     plan.write(root / "pruned" / PLAN_NAME)
     return plan
 

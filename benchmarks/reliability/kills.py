@@ -24,7 +24,7 @@ from tasks.registry import STEPS
 
 
 def prepare(parent: Path, names: list[str]) -> tuple[dict[str, Path], dict[str, float], Path]:
-    """Run everything once, undisturbed.
+    """Run everything up to the last of these steps once, undisturbed.
 
     Args:
         parent: Receives the checkouts.
@@ -42,6 +42,8 @@ def prepare(parent: Path, names: list[str]) -> tuple[dict[str, Path], dict[str, 
         if status:
             raise RuntimeError(f"{step.name}: the undisturbed run failed:\n{said}")
         seconds[step.name] = time.monotonic() - begun
+        if set(names) <= before.keys():
+            break
     return before, seconds, path
 
 
