@@ -79,6 +79,14 @@ def _rope_values(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield from (inner for inner in rope.values() if isinstance(inner, dict))
 
 
+def generation_values(content: Any, vocabulary: int) -> Any:
+    """Return generation_config.json without a padding token that the embedding has no row for."""
+    pad = content.get("pad_token_id") if isinstance(content, dict) else None
+    if type(pad) is not int or 0 <= pad < vocabulary:
+        return content
+    return {key: value for key, value in content.items() if key != "pad_token_id"}
+
+
 def check_padding(values: dict[str, Any], where: str) -> None:
     """Refuse a padding token that the embedding has no row for: transformers cannot build such a model.
 

@@ -10,12 +10,15 @@ Names in files differ from those of the class in ways that are not the model's o
 What is written has the class's own names.
 """
 
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from nirvana.architectures.architecture import Architecture
 from nirvana.errors import InputError
-from nirvana.weights import Stored, WeightFiles
+from nirvana.weights import FLOAT_TYPES, Stored, WeightFiles
+
+_OF_QUANTISATION = re.compile(r"qweight|qzeros|scales?|weight_\w+|\w+_scale(_inv)?|SCB|absmax|quant_\w+|\w+_zero_point")
 
 
 @dataclass(frozen=True)
@@ -120,3 +123,39 @@ def _unfuse(architecture: Architecture, stored: dict[str, Stored], weights: Weig
         fused.add(whole)
     for name in fused:
         del stored[name]
+
+
+def check_parameters(architecture: Architecture, weights: WeightFiles, within: str = "") -> None:
+    """Find a missing, odd or misshapen parameter now rather than in the middle of a walk.
+
+    Args:
+        architecture: The model.
+        weights: Its files, arranged.
+        within: Only tensors whose stored names begin with this have to be parameters.
+
+    Raises:
+        InputError: If there is one.
+    """
+    shapes, head = architecture.parameter_shapes, architecture.own_head_parameter
+    if head in shapes and head not in weights:
+        raise InputError(
+            f"{head}: expected the output head of its own that config.json says (tie_word_embeddings is false), found "
+            "none: the model was saved without it; save it again with AutoModelForCausalLM, or write "
+            '"tie_word_embeddings": true if the embedding is its head'
+        )
+    for name, expected in shapes.items():
+        if weights.shape(name) != expected:
+            raise InputError(
+                f"{name}: expected shape {expected} as config.json says, got {weights.shape(name)}; "
+                "the configuration and the weights do not belong together"
+            )
+    for name, stored in weights.layout.items():
+        known = name in shapes or name == head
+        odd = not known and not architecture.is_superfluous(name) and stored.name.startswith(within)
+        if odd or (known and weights.dtype(name) not in FLOAT_TYPES):
+            quantised = weights.dtype(name) not in FLOAT_TYPES or _OF_QUANTISATION.fullmatch(name.rsplit(".", 1)[-1])
+            remedy = "if it is quantised, prune the model it was made from" if quantised else "choose another model"
+            raise InputError(
+                f"{stored.name}: expected the parameters of a {architecture.model_type} model in "
+                f"{', '.join(FLOAT_TYPES)}, got this one in {weights.dtype(name)}; {remedy}"
+            )

@@ -22,8 +22,8 @@ from nirvana.config_values import check_padding, config_values
 from nirvana.directory_kind import refuse_adapter
 from nirvana.errors import InputError
 from nirvana.files import atomic_directory, copy_regular, write_json
-from nirvana.layout import Layout, layout_of
-from nirvana.weights import FLOAT_TYPES, INDEX_NAME, WEIGHTS_NAME, WeightFiles
+from nirvana.layout import Layout, check_parameters, has_layer, layout_of
+from nirvana.weights import INDEX_NAME, WEIGHTS_NAME, WeightFiles
 
 _LOG = logging.getLogger(__name__)
 _TEXT_FILES = (
@@ -74,7 +74,15 @@ class PlainModel:
             config = text_config(config, given, _has_own_head(config, given, weights))
             check_padding(config.to_dict(), f"{directory}/config.json: text_config")
         architecture = architecture_for(config)
-        return cls(architecture, weights, layout_of(architecture, weights), wrapper)
+        if not has_layer(architecture, architecture.num_layers - 1, list(weights)):
+            raise InputError(
+                f"{directory}: expected parameters of layer {architecture.num_layers}, the last that config.json has, "
+                "found none; the configuration and the weights do not belong together"
+            )
+        layout = layout_of(architecture, weights)
+        weights.arrange(layout.stored)
+        check_parameters(architecture, weights, layout.prefix if wrapper else "")
+        return cls(architecture, weights, layout, wrapper)
 
     @property
     def is_plain(self) -> bool:
@@ -88,28 +96,11 @@ class PlainModel:
         return next(iter(self.weights.file_of.values()))
 
     def write(self, directory: Path, on_tensor: Callable[[str], None] = lambda name: None) -> None:
-        """Write configuration and weights into an existing directory.
-
-        Raises:
-            InputError: If a parameter is missing, misshapen or of a type that weights do not have.
-        """
-        stored = self.layout.stored
-        shapes = dict(self.architecture.parameter_shapes)
-        if self.architecture.own_head_parameter in stored:
-            shapes.setdefault(self.architecture.own_head_parameter, shapes[self.architecture.embedding_parameter])
-        self.weights.arrange(stored)
+        """Write configuration and weights into an existing directory."""
         files: dict[str, list[str]] = {}
-        for name, shape in shapes.items():
-            source = self.architecture.stored_name(name) if name not in stored else name
-            if source != name:
-                continue  # one table that several layers share
-            if self.weights.shape(name) != shape or self.weights.dtype(name) not in FLOAT_TYPES:
-                raise InputError(
-                    f"{name}: expected shape {shape} in {', '.join(FLOAT_TYPES)}, got {self.weights.shape(name)} in "
-                    f"{self.weights.dtype(name)}; the configuration and the weights do not belong together"
-                )
-            files.setdefault(self.weights.file_of[name].name, []).append(name)
-        self._check_nothing_else(shapes)
+        for name in sorted({*self.architecture.parameter_shapes, self.architecture.own_head_parameter}):
+            if name in self.weights:
+                files.setdefault(self.weights.file_of[name].name, []).append(name)
         if len(files) == 1:
             files = {WEIGHTS_NAME: next(iter(files.values()))}
         for file_name, names in sorted(files.items()):
@@ -124,16 +115,6 @@ class PlainModel:
             weight_map = {name: file_name for file_name, names in files.items() for name in names}
             write_json(directory / INDEX_NAME, {"metadata": {}, "weight_map": weight_map})
         write_json(directory / "config.json", _written_values(self.architecture.config))
-
-    def _check_nothing_else(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Refuse tensors among those of the text model that it does not know: adapters, scales, further layers."""
-        for name, stored in self.layout.stored.items():
-            inside = self.wrapper is None or stored.name.startswith(self.layout.prefix)
-            if inside and name not in shapes and not self.architecture.is_superfluous(name):
-                raise InputError(
-                    f"{stored.name}: expected the parameters of a {self.architecture.model_type} model, got this one; "
-                    "choose another model"
-                )
 
 
 def _has_own_head(config: PretrainedConfig, given: dict[str, Any], weights: WeightFiles) -> bool:

@@ -22,8 +22,8 @@ from nirvana.architectures.architecture import Architecture, Parameters, Streams
 from nirvana.architectures.registry import describe
 from nirvana.directory_kind import refuse_adapter
 from nirvana.errors import InputError
-from nirvana.layout import has_layer, layout_of
-from nirvana.weights import FLOAT_TYPES, WeightFiles, to_compute
+from nirvana.layout import check_parameters, has_layer, layout_of
+from nirvana.weights import WeightFiles, to_compute
 
 Execution = Literal["resident", "streamed"]
 Memory = Literal["lean", "fast"]
@@ -76,34 +76,8 @@ class Stack:
 
         architecture = describe(model_directory, check_depth)
         weights.arrange(layout_of(architecture, weights).stored)
-        shapes = architecture.parameter_shapes
-        stack = cls(architecture, weights, torch.device(device), execution)
-        stack._check(shapes)
-        return stack
-
-    def _check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Find a missing, odd or misshapen parameter now rather than in the middle of a walk."""
-        head = self.architecture.own_head_parameter
-        if head in shapes and head not in self.weights:
-            raise InputError(
-                f"{head}: expected the output head of its own that config.json says (tie_word_embeddings is false), "
-                "found none: the model was saved without it; save it again with AutoModelForCausalLM, or write "
-                '"tie_word_embeddings": true if the embedding is its head'
-            )
-        for name, expected in shapes.items():
-            if self.weights.shape(name) != expected:
-                raise InputError(
-                    f"{name}: expected shape {expected} as config.json says, got {self.weights.shape(name)}; "
-                    "the configuration and the weights do not belong together"
-                )
-        for name in self.weights:
-            if self.architecture.is_superfluous(name) and not self.is_parameter(name):
-                continue
-            if not self.is_parameter(name) or self.weights.dtype(name) not in FLOAT_TYPES:
-                raise InputError(
-                    f"{name}: expected the parameters of a {self.architecture.model_type} model in "
-                    f"{', '.join(FLOAT_TYPES)}, got this one in {self.weights.dtype(name)}; choose another model"
-                )
+        check_parameters(architecture, weights)
+        return cls(architecture, weights, torch.device(device), execution)
 
     @property
     def head_parameter(self) -> str:

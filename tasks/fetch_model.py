@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nirvana.config_values import config_values
+from nirvana.config_values import config_values, generation_values
 from nirvana.directory_kind import Kind, kind_of, names_below, refuse_adapter
 from nirvana.errors import InputError
 from nirvana.files import (
@@ -203,6 +203,12 @@ def _take(
         _LOG.info("config.json has old spellings: written in those that transformers reads today")
         write_json(directory / "config.json", values)
         files = [name for name in files if name != "config.json"]
+    if "generation_config.json" in files:
+        said = read_json(source / "generation_config.json")
+        corrected = generation_values(said, model.architecture.vocab_size)
+        if corrected != said:
+            write_json(directory / "generation_config.json", corrected)
+            files = [name for name in files if name != "generation_config.json"]
     if model.wrapper:
         files = [name for name in files if not name.endswith("processor_config.json")]
         check = tokens_of(source)

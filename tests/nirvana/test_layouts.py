@@ -22,12 +22,14 @@ from tiny import (
 from transformers import AutoModel, AutoModelForCausalLM
 
 from nirvana.architectures.registry import FAMILIES, describe
+from nirvana.checkpoint.export import export_checkpoint
 from nirvana.checkpoint.parity import masked_logits
 from nirvana.directory_kind import kind_of_directory
 from nirvana.divergence import dense_hidden_states
 from nirvana.errors import InputError
 from nirvana.loading import load_model
 from nirvana.plan import Plan
+from nirvana.projections import output_projections
 from nirvana.saliency import channel_saliency
 from nirvana.surgery import prune
 from nirvana.text_part import PlainModel, write_text_part
@@ -216,7 +218,7 @@ def experts(tmp_path):
 
 
 def test_fused_experts_are_the_same_model(experts, tmp_path):
-    model, _ = experts
+    model, fused = experts
     ids = random_ids(2, 12)
     for execution in ("resident", "streamed"):
         assert torch.equal(*(dense_hidden_states(Stack.open(path, execution=execution), ids) for path in experts))
@@ -230,6 +232,23 @@ def test_fused_experts_are_the_same_model(experts, tmp_path):
     pruned = logits_of(load_model(tmp_path / "pruned-fused"), ids)
     assert torch.allclose(masked, pruned, atol=1e-5)
     assert torch.equal(*(masked_logits(path, keep, ids[:1], np.arange(12)) for path in experts))
+    assert torch.equal(*(load_model(path)(ids).logits for path in experts))
+    assert PlainModel.open(fused).is_plain  # transformers reads both
+
+
+def test_fused_experts_are_exported_in_the_dense_shape(experts, tmp_path):
+    for path in experts:
+        prune(path, plan_of(path), tmp_path / f"pruned-{path.name}")
+        (tmp_path / "ids.json").write_text(json.dumps(list(range(20))))
+        target = tmp_path / f"padded-{path.name}"
+        export_checkpoint(tmp_path / f"pruned-{path.name}", "padded", path, target, ids=tmp_path / "ids.json")
+    assert_same_tensors(tmp_path / "padded-model", tmp_path / "padded-fused")
+
+
+def test_compensation_of_fused_experts_is_refused_in_both_layouts(experts):
+    for path in experts:
+        with pytest.raises(InputError, match="nirvana and no compensation"):
+            output_projections(Stack.open(path).architecture)
 
 
 def test_a_pruned_model_saved_with_fused_experts_is_read_again(experts, tmp_path):

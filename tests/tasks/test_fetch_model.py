@@ -271,11 +271,27 @@ def test_quantised_models_are_refused_before_anything_is_copied(model, tmp_path,
         fetch(f"path:{model}", tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.qweight", "model.norm.weight", "score.weight"])
+def test_tensors_of_another_kind_are_refused_before_anything_is_copied(model, tmp_path, monkeypatch, name):
+    """Quantised without a word in config.json, or with a part that the family has not."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    odd = {name: torch.ones(32, dtype=torch.float32 if name == "score.weight" else torch.int32)}
+    save_file(load_file(model / "model.safetensors") | odd, model / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr("shutil.copyfile", lambda *names: pytest.fail("something was copied"))
+    remedy = "choose another model" if name == "score.weight" else "if it is quantised, prune the model"
+    with pytest.raises(InputError, match=f"{name}: expected the parameters of a llama model.*{remedy}"):
+        fetch(f"path:{model}", tmp_path / "out")
+
+
 def test_old_spellings_are_written_in_todays_words(model, tmp_path):
     config = json.loads((model / "config.json").read_text())
     given = config | {"pad_token_id": -1, "architectures": ["LLaMAForCausalLM"], "max_sequence_length": 1024}
     (model / "config.json").write_text(json.dumps(given))
+    (model / "generation_config.json").write_text('{"pad_token_id": 512, "eos_token_id": 1}')
     fetched = fetch(f"path:{model}", tmp_path / "out")
+    assert json.loads((fetched / "generation_config.json").read_text()) == {"eos_token_id": 1}
     assert json.loads((fetched / "config.json").read_text()) == given | {"pad_token_id": None}
     loads_as(model, fetched)
 
