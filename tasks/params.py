@@ -31,6 +31,11 @@ PARAMS_FILE = Path("params.yaml")
 RUNTIME = "runtime"
 
 _STRICT = ConfigDict(extra="forbid")
+_LARGEST_FILE = 256 << 10  # bytes, forty times the file that we ship: YAML is read slowly
+_DEEPEST = 8  # levels of brackets; a section's list is the second
+_MOST_VALUES = 10_000  # in all, however often an alias repeats them
+_LONGEST_TEXT = 1000  # characters
+_LONGEST_PATH, _LONGEST_NAME = 4096, 255  # bytes: PATH_MAX and NAME_MAX of Linux
 
 # what a preset says where params.yaml says null
 PRESETS: dict[str, dict[str, Any]] = {
@@ -54,7 +59,21 @@ PRESETS: dict[str, dict[str, Any]] = {
 # A check's ValueError is what its message says after the key: expected, got, remedy.
 
 
+def _check_text(text: str) -> str:
+    """Refuse what no file name, database or JSON file can hold: half a character, NUL."""
+    if any("\ud800" <= character <= "\udfff" or character == "\0" for character in text):
+        raise ValueError(f"expected a text of whole characters, got {_given(text)}; correct it")
+    return text
+
+
 def _check_source(source: str) -> str:
+    _check_text(source)
+    sizes = [len(part.encode()) for part in source.split("/")]
+    if sum(sizes) + len(sizes) > _LONGEST_PATH or max(sizes) > _LONGEST_NAME + len("path:"):
+        raise ValueError(
+            f"expected a path of at most {_LONGEST_PATH} bytes whose names have at most {_LONGEST_NAME}, which is what "
+            f"systems allow, got {_given(source)}; shorten it"
+        )
     parse_source(source)  # an InputError is a ValueError
     return source
 
@@ -69,10 +88,13 @@ def _check_sources(sources: str | tuple[str, ...]) -> str | tuple[str, ...]:
 
 
 def _check_regex(pattern: str) -> str:
+    _check_text(pattern)
+    if len(pattern) > _LONGEST_TEXT:
+        raise ValueError(f"expected at most {_LONGEST_TEXT} characters, got {len(pattern)}; shorten it")
     try:
         re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"expected a regular expression, got {pattern!r} ({error}); correct it") from None
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"expected a regular expression, got {_given(pattern)} ({error}); correct it") from None
     return pattern
 
 
@@ -90,17 +112,57 @@ Sources = Annotated[
     Field(description="a source such as hf:, path: or pypi:, or a list of such"),
 ]
 Regex = Annotated[str, AfterValidator(_check_regex), Field(strict=True, description="a regular expression or null")]
-Text = Annotated[str, Field(strict=True, min_length=1, description="a non-empty text")]
-Count = Annotated[int, Field(strict=True, ge=1, description="a whole number of 1 or more")]
-Workers = Annotated[
-    Annotated[int, Field(strict=True, ge=1)] | Literal["auto"],
-    Field(description="a whole number of 1 or more, or auto"),
+Text = Annotated[
+    str,
+    AfterValidator(_check_text),
+    Field(
+        strict=True, min_length=1, max_length=_LONGEST_TEXT, description=f"a text of 1 to {_LONGEST_TEXT} characters"
+    ),
 ]
-Natural = Annotated[int, Field(strict=True, ge=0, description="a whole number of 0 or more")]
+
+
+def _whole(least: int, most: int, unit: str = "") -> Any:
+    """Return the type of a whole number in a range; every bound says in its field why it is there."""
+    return Annotated[
+        int, Field(strict=True, ge=least, le=most, description=f"a whole number from {least} to {most}{unit}")
+    ]
+
+
+# What no machine or model can use. Bounds that depend on the model or the corpus are tasks/check.py's.
+_LONGEST_CONTEXT = 2**20  # tokens: the longest context that a model of our families was published with
+_MOST_AT_ONCE = 2**16  # sequences in a forward: with one token each they would still be a matrix of gigabytes
+Seed = _whole(0, 2**63 - 1)  # what random generators, databases and JSON readers take alike
+Tokens = _whole(1, _LONGEST_CONTEXT, " tokens")
+Window = _whole(2, _LONGEST_CONTEXT, " tokens")
+AllTokens = _whole(1, 10**12, " tokens")  # days of computing on any machine
+NoOrAllTokens = _whole(0, 10**12, " tokens")
+AtOnce = _whole(1, _MOST_AT_ONCE)
+Sequences = _whole(1, 10**6)  # more than a corpus of max_documents at its default gives, and still a list in memory
+NoOrSequences = _whole(0, 10**6)
+Items = _whole(1, 10**7)  # a list in memory
+Documents = _whole(1, 10**9)  # rows of the largest public corpora
+Candidates = _whole(1, 10**4)  # a file, a row of the report and a column of its figure each
+Draws = _whole(1, 10**3)  # as many backward passes a sequence
+Repeats = _whole(1, 10**4)
+NoOrRepeats = _whole(0, 10**4)
+Rank = _whole(1, 2**16)  # wider than any matrix that an adapter is put on
+Multiple = _whole(1, 2**20)  # more neurons than a layer has
+Threads = _whole(1, 1024)  # more than a machine has cores: each waits for the others at every operation
+Workers = Annotated[
+    Annotated[int, Field(strict=True, ge=1, le=1024)] | Literal["auto"],
+    Field(description="a whole number from 1 to 1024, or auto"),  # processes of 0.3 GB and more
+]
 Ratio = Annotated[float, Field(strict=True, ge=0, lt=1, allow_inf_nan=False, description="a number in [0, 1)")]
-Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False, description="a finite number above 0")]
+# within these bounds products and quotients of such numbers stay finite in float32; the plan's own limit is the same
+Positive = Annotated[
+    float,
+    Field(strict=True, ge=1e-12, le=1e9, allow_inf_nan=False, description="a finite number above 0, from 1e-12 to 1e9"),
+]
+LearningRate = Annotated[
+    float,
+    Field(strict=True, ge=1e-12, le=10, allow_inf_nan=False, description="a finite number above 0, from 1e-12 to 10"),
+]
 Share = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False, description="a number in [0, 1]")]
-Window = Annotated[int, Field(strict=True, ge=2, description="a whole number of 2 or more tokens")]
 Flag = Annotated[bool, Field(strict=True, description="true or false")]
 Address = Annotated[
     str,
@@ -113,7 +175,7 @@ Address = Annotated[
 Names = Annotated[
     tuple[Text, ...],
     BeforeValidator(_to_tuple),
-    Field(description="a list of lm-eval task names"),
+    Field(max_length=1000, description="a list of lm-eval task names, at most 1000"),
 ]
 
 
@@ -134,7 +196,7 @@ class Corpus:
     config: Text | None
     split: Text
     text_field: Text
-    max_documents: Count
+    max_documents: Documents
     strip: Regex | None
 
     @property
@@ -157,14 +219,14 @@ class Calibration:
     `repeated` is the share of sequences that say a thing twice.
     """
 
-    seed: Natural
-    pool_size: Count
-    sequences: Count
+    seed: Seed
+    pool_size: Candidates
+    sequences: Sequences
     sequence_length: Window
     add_bos: Annotated[Flag | None, Field(description="true, false, or null: as the tokenizer itself puts it")]
-    heldout_sequences: Count
+    heldout_sequences: Sequences
     heldout_length: Window
-    averaged: Count
+    averaged: Candidates
     repeated: Share
 
 
@@ -173,8 +235,8 @@ class Saliency:
     """How units are scored; `microbatch` in sequences, `draws` in label sequences a calibration sequence."""
 
     method: Annotated[Literal["nirvana", "fisher"], Field(description="nirvana or fisher, or null for the preset's")]
-    microbatch: Count
-    draws: Count
+    microbatch: AtOnce
+    draws: Draws
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -185,7 +247,7 @@ class Allocation:
     ranking: Annotated[Literal["modules", "joint"], Field(description="modules or joint, or null for the preset's")]
     gamma: Positive
     attention_factor: Positive
-    round_to: Count
+    round_to: Multiple
     rule: Annotated[Literal["exact", "published"], Field(description="exact or published")]
     scope: Annotated[Literal["global", "uniform"], Field(description="global or uniform")]
 
@@ -212,8 +274,10 @@ class Compensation:
         Literal["none", "least_squares"], Field(description="none or least_squares, or null for the preset's")
     ]
     ridge: Positive
-    sequences: Count
-    self_generated: Annotated[Natural, Field(description="a whole number of 0 or more, or null for the preset's")]
+    sequences: Sequences
+    self_generated: Annotated[
+        NoOrSequences, Field(description="a whole number from 0 to 1000000, or null for the preset's")
+    ]
     sequence_length: Window
 
 
@@ -221,16 +285,16 @@ class Compensation:
 class Recovery:
     """How the pruned model is fine-tuned, if it is (`tokens` above 0); lengths in tokens, `batch` in sequences."""
 
-    tokens: Natural
-    seed: Natural
-    rank: Count
+    tokens: NoOrAllTokens
+    seed: Seed
+    rank: Rank
     alpha: Positive
-    learning_rate: Positive
+    learning_rate: LearningRate
     warmup: Share
     distillation: Share
     sequence_length: Window
-    batch: Count
-    curve_every: Count
+    batch: AtOnce
+    curve_every: AllTokens
     merge: Flag
 
     @model_validator(mode="after")
@@ -248,12 +312,12 @@ class Evaluation:
     """What the dense and the pruned model are asked; lengths in tokens."""
 
     window: Window
-    perplexity_tokens: Count
-    cloze_items: Count
-    continuation_items: Count
+    perplexity_tokens: AllTokens
+    cloze_items: Items
+    continuation_items: Items
     tasks: Names
-    limit: Annotated[Count | None, Field(description="a whole number of 1 or more, or null")]
-    batch_size: Count
+    limit: Annotated[Items | None, Field(description="a whole number from 1 to 10000000, or null")]
+    batch_size: AtOnce
 
     @model_validator(mode="after")
     def _window_fits(self) -> "Evaluation":
@@ -269,18 +333,18 @@ class Evaluation:
 class Benchmark:
     """How speed is measured; lengths in tokens."""
 
-    batch_size: Count
-    prompt_length: Count
-    decode_tokens: Count
-    repeats: Count
-    warmup: Natural
+    batch_size: AtOnce
+    prompt_length: Tokens
+    decode_tokens: Tokens
+    repeats: Repeats
+    warmup: NoOrRepeats
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Compute:
     """What may change the last bits of a result."""
 
-    threads: Count
+    threads: Threads
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -357,8 +421,11 @@ def load_params(path: Path | str = PARAMS_FILE) -> Params:
 
 def parse_params(values: Any, name: str = PARAMS_FILE.name) -> Params:
     """Check the content of a params.yaml; `name` is the file that errors point to."""
+    _check_form(values, name)
     if not isinstance(values, Mapping):
-        raise InputError(f"{name}: expected the sections {', '.join(SECTIONS)}, got {type(values).__name__}")
+        raise InputError(
+            f"{name}: expected the sections {', '.join(SECTIONS)}, got {_given(values)}; write them as in params.yaml"
+        )
     try:
         return TypeAdapter(Params).validate_python(_with_preset(values))
     except ValidationError as error:
@@ -392,20 +459,68 @@ def _read_yaml(path: Path) -> Any:
     from ruamel.yaml.constructor import DuplicateKeyError
     from ruamel.yaml.error import YAMLError
 
+    text = _read_text(path)
     try:
-        return YAML(typ="safe", pure=True).load(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: expected parameters, found no file; run from the checkout") from None
+        return YAML(typ="safe", pure=True).load(text)
     except DuplicateKeyError as error:
         found = re.search(r'duplicate key "([^"]*)"', str(error))
         where = f" at line {error.problem_mark.line + 1}" if error.problem_mark else ""
         key = found.group(1) if found else "a key"
-        raise InputError(f"{path.name}: expected each key once, got {key} twice{where}; remove one") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path.name}: expected each key once, got {key} twice{where}; keep one") from None
+    except RecursionError:
+        raise InputError(f"{path.name}: expected at most {_DEEPEST} levels of brackets, got more; correct it") from None
+    except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "unreadable text"
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0] or "unreadable text"
         raise InputError(f"{path.name}: expected YAML, got a mistake{where} ({problem}); correct it") from None
+    except Exception as error:  # its constructors raise what Python does: for a date of month 13, a key that is a list
+        raise InputError(
+            f"{path.name}: expected YAML of texts, numbers and lists, got a value that cannot be read "
+            f"({type(error).__name__}: {_shortened(str(error))}); correct it"
+        ) from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_FILE + 1)
+    except FileNotFoundError:
+        raise InputError(f"{path}: expected parameters, found no file; run from the checkout") from None
+    except OSError as error:
+        raise InputError(f"{path}: expected parameters, got {error.strerror}; check path and rights") from None
+    if len(content) > _LARGEST_FILE:
+        raise InputError(f"{path.name}: expected at most {_LARGEST_FILE >> 10} KiB, got more; shorten it")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path.name}: expected YAML in UTF-8, got other bytes from byte {error.start + 1} on; save it as UTF-8"
+        ) from None
+
+
+def _check_form(values: Any, name: str) -> None:
+    """Refuse keys that are no text, and values nested or repeated without end, before anything walks through them.
+
+    Raises:
+        InputError: If there are any.
+    """
+    waiting, seen = [(values, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        seen += 1
+        if depth > _DEEPEST or seen > _MOST_VALUES:
+            raise InputError(
+                f"{name}: expected at most {_DEEPEST} levels and {_MOST_VALUES} values, got more; write the sections "
+                "out as in params.yaml"
+            )
+        if isinstance(value, Mapping):
+            odd = [key for key in value if not isinstance(key, str)]
+            if odd:
+                raise InputError(f"{name}: expected keys that are text, got the key {_given(odd[0])}; correct it")
+            waiting += [(inner, depth + 1) for inner in value.values()]
+        elif isinstance(value, list | tuple | set | frozenset):
+            waiting += [(inner, depth + 1) for inner in value]
 
 
 def _explain(error: ValidationError) -> str:
@@ -422,8 +537,8 @@ def _explain(error: ValidationError) -> str:
     if problem["type"] == "unexpected_keyword_argument":
         known = [field.name for field in fields(SECTIONS[section])] if key else list(SECTIONS)
         close = difflib.get_close_matches(str(location[-1]), known, n=1)
-        remedy = f"did you mean {close[0]}?" if close else "remove it"
-        return f"{dotted}: unknown key, expected one of {', '.join(known)}; {remedy}"
+        remedy = f"did you mean {close[0]}?" if close else "correct it"
+        return f"{_shortened(dotted)}: unknown key, expected one of {', '.join(known)}; {remedy}"
     if problem["type"] in ("missing", "missing_argument"):
         return f"{dotted}: expected {_expectation(section, key)}, the key is missing; add it"
     if problem["type"] == "value_error":
@@ -446,7 +561,13 @@ def _given(value: Any) -> str:
         return "null"
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    text = repr(value)
+    try:
+        return _shortened(repr(value))
+    except ValueError:  # Python writes out no number of more than 4300 digits
+        return f"{type(value).__name__} of very many digits"
+
+
+def _shortened(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
