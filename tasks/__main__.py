@@ -67,8 +67,9 @@ def _fail(message: str, status: int) -> int:
 
     from tasks.child import DRIVER_PID
     from tasks.process import ERROR_PREFIX
+    from tasks.redaction import redact
 
-    line = ERROR_PREFIX + " ".join(message.split())
+    line = ERROR_PREFIX + redact(" ".join(message.split()))
     logging.getLogger(__name__).error(line)
     if DRIVER_PID not in os.environ:  # a flow says it itself
         sys.stderr.write(line + "\n")

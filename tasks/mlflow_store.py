@@ -3,12 +3,18 @@
 import fcntl
 import os
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from nirvana.errors import InputError
+from tasks.loopback import keep_loopback_direct
+from tasks.redaction import redact, with_quoted_password
+from tasks.sqlite_file import database_fault
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -16,6 +22,13 @@ if TYPE_CHECKING:
 EXPERIMENT = "nirvana"
 DATABASE = "mlflow.db"
 ARTIFACTS = "mlartifacts"
+ANSWER_SECONDS = 5
+"""How long a server may take to accept a connection."""
+
+# seven tries of two minutes each are MLflow's own idea
+_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_STORE_LIBRARIES = ("sqlalchemy", "alembic", "sqlite3", "requests", "urllib3", "psycopg2")
 
 
 def history_root(directory: Path | None = None) -> Path:
@@ -31,19 +44,20 @@ def history_root(directory: Path | None = None) -> Path:
 
 
 def tracking_uri() -> str:
-    """Return the store's URI, possibly with credentials."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{history_root() / DATABASE}"
+    """Return the store's URI, possibly with credentials; a password may hold any character."""
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    return with_quoted_password(given) if given else f"sqlite:///{history_root() / DATABASE}"
 
 
 def public_uri() -> str:
     """Return the store's URI without credentials, and without this machine's directories if it is the default."""
     given = os.environ.get("MLFLOW_TRACKING_URI")
-    return without_credentials(given).partition("?")[0] if given else f"sqlite:///{DATABASE}"
+    return without_credentials(tracking_uri()).partition("?")[0] if given else f"sqlite:///{DATABASE}"
 
 
-def without_credentials(text: str) -> str:
-    """Return a text without the user and password of the URLs in it."""
-    return re.sub(r"://[^/\s]*@", "://", text)
+def without_credentials(address: str) -> str:
+    """Return an address without its user and password."""
+    return re.sub(r"://[^/\s]*@", "://", with_quoted_password(address))
 
 
 def is_reachable_default() -> bool:
@@ -51,14 +65,56 @@ def is_reachable_default() -> bool:
     return bool(os.environ.get("MLFLOW_TRACKING_URI")) or (history_root() / DATABASE).is_file()
 
 
+def store_fault() -> str | None:
+    """Return why the store cannot be used, and what to do, or None; takes seconds where MLflow would take minutes."""
+    uri = tracking_uri()
+    scheme, _, rest = uri.partition("://")
+    if scheme == "sqlite":
+        file = Path(rest.removeprefix("/").partition("?")[0])
+        fault = database_fault(file, tables=("experiments", "runs", "alembic_version"))
+        return fault and (
+            f"MLflow's database {_shown(file)}: expected one that can be written to, got: {fault}; move it aside "
+            f"(mv {_shown(file)} {_shown(file)}.damaged), the next run makes a new one and records there"
+        )
+    address = urlsplit(uri)
+    try:
+        host, port = address.hostname, address.port or _PORTS.get(re.split(r"\+", scheme)[0])
+    except ValueError:
+        return f"MLFLOW_TRACKING_URI: expected an address with a port that is a number, got {public_uri()}; correct it"
+    if not host or not port or _by_proxy(scheme, host):
+        return None
+    try:
+        with socket.create_connection((host, port), timeout=ANSWER_SECONDS):
+            return None
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        return (
+            f"MLflow at {public_uri()}: expected a store that takes this run, got {redact(why)}; start it, or check or "
+            "unset MLFLOW_TRACKING_URI"
+        )
+
+
+def _by_proxy(scheme: str, host: str) -> bool:
+    return scheme in getproxies() and not proxy_bypass(host)
+
+
+def _shown(file: Path) -> str:
+    root = history_root()
+    return str(file.relative_to(root)) if file.is_relative_to(root) else str(file)
+
+
 @contextmanager
 def open_store() -> Iterator[tuple["MlflowClient", str]]:
     """Yield a client and the id of our experiment; one process at a time for the default store.
 
     Raises:
-        InputError: If the store does not answer.
+        InputError: If the store does not answer, or its database is damaged.
     """
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    keep_loopback_direct()
+    if fault := store_fault():
+        raise InputError(fault)
+    for variable, value in _PATIENCE.items():  # read when MLflow is imported
+        os.environ.setdefault(variable, value)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
     from mlflow.exceptions import MlflowException
@@ -73,11 +129,20 @@ def open_store() -> Iterator[tuple["MlflowClient", str]]:
             client = mlflow.MlflowClient(tracking_uri())
             yield client, _experiment_id(client, root)
         except MlflowException as error:
-            answer = without_credentials(error.message)[:200]
-            raise InputError(
-                f"MLflow at {public_uri()}: expected a store that takes this run, got {answer!r}; check "
-                "MLFLOW_TRACKING_URI or unset it"
-            ) from error
+            raise InputError(_explained(error.message)) from error
+        except Exception as error:  # sqlalchemy's and alembic's own, where a database is another program's or version's
+            if type(error).__module__.partition(".")[0] not in _STORE_LIBRARIES:
+                raise
+            raise InputError(_explained(f"{type(error).__name__}: {error}")) from error
+
+
+def _explained(answer: str) -> str:
+    said = redact(" ".join(answer.split()))[:200]
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        remedy = "check MLFLOW_TRACKING_URI or unset it"
+    else:
+        remedy = f"move it aside (mv {DATABASE} {DATABASE}.other), the next run makes a new one and records there"
+    return f"MLflow at {public_uri()}: expected a store that takes this run, got {said!r}; {remedy}"
 
 
 def _experiment_id(client: "MlflowClient", root: Path) -> str:

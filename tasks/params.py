@@ -122,32 +122,32 @@ Text = Annotated[
 
 
 def _whole(least: int, most: int, unit: str = "") -> Any:
-    """Return the type of a whole number in a range; every bound says in its field why it is there."""
-    return Annotated[
-        int, Field(strict=True, ge=least, le=most, description=f"a whole number from {least} to {most}{unit}")
-    ]
+    """Return the bounds of a whole number; why each is there stands beside its type."""
+    return Field(strict=True, ge=least, le=most, description=f"a whole number from {least} to {most}{unit}")
 
 
 # What no machine or model can use. Bounds that depend on the model or the corpus are tasks/check.py's.
 _LONGEST_CONTEXT = 2**20  # tokens: the longest context that a model of our families was published with
 _MOST_AT_ONCE = 2**16  # sequences in a forward: with one token each they would still be a matrix of gigabytes
-Seed = _whole(0, 2**63 - 1)  # what random generators, databases and JSON readers take alike
-Tokens = _whole(1, _LONGEST_CONTEXT, " tokens")
-Window = _whole(2, _LONGEST_CONTEXT, " tokens")
-AllTokens = _whole(1, 10**12, " tokens")  # days of computing on any machine
-NoOrAllTokens = _whole(0, 10**12, " tokens")
-AtOnce = _whole(1, _MOST_AT_ONCE)
-Sequences = _whole(1, 10**6)  # more than a corpus of max_documents at its default gives, and still a list in memory
-NoOrSequences = _whole(0, 10**6)
-Items = _whole(1, 10**7)  # a list in memory
-Documents = _whole(1, 10**9)  # rows of the largest public corpora
-Candidates = _whole(1, 10**4)  # a file, a row of the report and a column of its figure each
-Draws = _whole(1, 10**3)  # as many backward passes a sequence
-Repeats = _whole(1, 10**4)
-NoOrRepeats = _whole(0, 10**4)
-Rank = _whole(1, 2**16)  # wider than any matrix that an adapter is put on
-Multiple = _whole(1, 2**20)  # more neurons than a layer has
-Threads = _whole(1, 1024)  # more than a machine has cores: each waits for the others at every operation
+Seed = Annotated[int, _whole(0, 2**63 - 1)]  # what random generators, databases and JSON readers take alike
+Tokens = Annotated[int, _whole(1, _LONGEST_CONTEXT, " tokens")]
+Window = Annotated[int, _whole(2, _LONGEST_CONTEXT, " tokens")]
+AllTokens = Annotated[int, _whole(1, 10**12, " tokens")]  # days of computing on any machine
+NoOrAllTokens = Annotated[int, _whole(0, 10**12, " tokens")]
+AtOnce = Annotated[int, _whole(1, _MOST_AT_ONCE)]
+Sequences = Annotated[
+    int, _whole(1, 10**6)
+]  # more than a corpus of max_documents at its default gives, and still a list in memory
+NoOrSequences = Annotated[int, _whole(0, 10**6)]
+Items = Annotated[int, _whole(1, 10**7)]  # a list in memory
+Documents = Annotated[int, _whole(1, 10**9)]  # rows of the largest public corpora
+Candidates = Annotated[int, _whole(1, 10**4)]  # a file, a row of the report and a column of its figure each
+Draws = Annotated[int, _whole(1, 10**3)]  # as many backward passes a sequence
+Repeats = Annotated[int, _whole(1, 10**4)]
+NoOrRepeats = Annotated[int, _whole(0, 10**4)]
+Rank = Annotated[int, _whole(1, 2**16)]  # wider than any matrix that an adapter is put on
+Multiple = Annotated[int, _whole(1, 2**20)]  # more neurons than a layer has
+Threads = Annotated[int, _whole(1, 1024)]  # more than a machine has cores: each waits for the others at every operation
 Workers = Annotated[
     Annotated[int, Field(strict=True, ge=1, le=1024)] | Literal["auto"],
     Field(description="a whole number from 1 to 1024, or auto"),  # processes of 0.3 GB and more

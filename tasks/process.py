@@ -20,6 +20,8 @@ from typing import Any
 
 from nirvana.anonymous_memory import PeakAnonymous
 from tasks.child import DRIVER_PID
+from tasks.loopback import keep_loopback_direct
+from tasks.redaction import redact_logs
 
 RECORDS = Path(".cache/steps")
 ERROR_PREFIX = "error: "
@@ -42,6 +44,7 @@ def prepare_environment(threads: int, online: bool) -> None:
     """Set threads, telemetry and offline switches; call before torch, transformers or datasets are imported."""
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[variable] = str(threads)
+    keep_loopback_direct()
     # Waiting threads sleep: on a machine shared with others, spinning doubles the CPU time of every operation.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for variable, value in (_QUIET if online else _QUIET | _OFFLINE).items():
@@ -78,8 +81,8 @@ def recorded(step: str) -> Iterator[None]:
 
 
 def read_record(step: str, root: Path | str = ".") -> dict[str, Any] | None:
-    """Return what the last process of a step left, or None."""
-    with suppress(OSError, json.JSONDecodeError):
+    """Return what the last process of a step left, or None where it left nothing that can be read."""
+    with suppress(OSError, ValueError, RecursionError):  # ValueError: not UTF-8, not JSON, a number without end
         content = json.loads((Path(root) / RECORDS / f"{step}.json").read_text(encoding="utf-8"))
         return content if isinstance(content, dict) else None
     return None
@@ -96,11 +99,15 @@ def _write_record(step: str, record: dict[str, Any]) -> None:
         RECORDS.mkdir(parents=True, exist_ok=True)
         temporary = RECORDS / f".{step}.{os.getpid()}.tmp"
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(RECORDS / f"{step}.json")
+        target = RECORDS / f"{step}.json"
+        if target.is_dir():  # not ours, and in the way: without a token the step would count as restored
+            shutil.rmtree(target)
+        temporary.replace(target)
 
 
 def start_logging(step: str) -> None:
     """Log to .cache/steps/<step>.log, and to stderr unless a flow prints that file itself."""
+    redact_logs()
     logging.raiseExceptions = False  # a full disk must not bury its own error under logging's
     handlers: list[logging.Handler] = []
     with suppress(OSError):

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from nirvana.errors import InputError
 from nirvana.files import read_json, write_json
+from tasks.mlflow_names import LONGEST_SOURCE, LONGEST_TAG, NAMES_AT_ONCE, fit_names, fit_value
 from tasks.mlflow_store import is_reachable_default, open_store, public_uri
 from tasks.params import in_words_of_the_preset
+from tasks.redaction import redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -137,7 +139,8 @@ def record_failure(error: str, step: str, log: Path | None = None) -> str:
         log: The step's log, kept beside the error if it exists.
     """
     with open_store() as (client, experiment_id):
-        tags = {"nirvana.failed_step": step, "nirvana.error": error[:5000], **_origin()}
+        error = redact(error)
+        tags = {"nirvana.failed_step": step, "nirvana.error": fit_value(error, LONGEST_TAG), **_origin()}
         run_id = client.create_run(experiment_id, tags=tags, run_name=f"failed in {step}").info.run_id
         client.log_text(run_id, error + "\n", "error.txt")
         if log and log.is_file():
@@ -162,8 +165,10 @@ def _find_or_create(
 def _log_parameters(client: "MlflowClient", run_id: str, values: Mapping[str, Any]) -> None:
     from mlflow.entities import Param
 
-    known = client.get_run(run_id).data.params
-    client.log_batch(run_id, params=[Param(key, str(value)) for key, value in values.items() if key not in known])
+    known, name = client.get_run(run_id).data.params, fit_names(values)
+    new = [Param(name[key], fit_value(value)) for key, value in values.items() if name[key] not in known]
+    for start in range(0, len(new), NAMES_AT_ONCE):
+        client.log_batch(run_id, params=new[start : start + NAMES_AT_ONCE])
 
 
 def _log_metrics(client: "MlflowClient", run_id: str, inputs: Mapping[str, Path]) -> None:
@@ -172,9 +177,10 @@ def _log_metrics(client: "MlflowClient", run_id: str, inputs: Mapping[str, Path]
 
     now = int(time.time() * 1000)
     known = client.get_run(run_id).data.metrics
-    scalars = {key: value for key, value in _scalars(inputs) if known.get(key) != value}
-    batch = [Metric(key, value, now, 0) for key, value in scalars.items()]
-    series = [Metric(key, value, now, index) for key, index, value in _series(inputs) if key not in known]
+    scalars, points = dict(_scalars(inputs)), list(_series(inputs))
+    name = fit_names([*scalars, *(key for key, _, _ in points)])
+    batch = [Metric(name[key], value, now, 0) for key, value in scalars.items() if known.get(name[key]) != value]
+    series = [Metric(name[key], value, now, index) for key, index, value in points if name[key] not in known]
     everything = batch + series
     for start in range(0, len(everything), 1000):  # the server's limit a batch
         client.log_batch(run_id, metrics=everything[start : start + 1000])
@@ -216,7 +222,7 @@ def _log_datasets(client: "MlflowClient", run_id: str, stages: Mapping[str, Any]
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     digests = _output_digests(stages)
-    source = json.dumps({"source": parameters(stages).get("corpus.source")})
+    source = fit_value(json.dumps({"source": parameters(stages).get("corpus.source")}), LONGEST_SOURCE)
     logged = client.get_run(run_id).inputs
     known = {item.dataset.digest for item in logged.dataset_inputs} if logged else set()
     datasets = [

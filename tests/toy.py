@@ -40,12 +40,16 @@ _COPIED = (
     "tasks/estimates.py",
     "tasks/integrity.py",
     "tasks/lm_eval_task.py",
+    "tasks/loopback.py",
+    "tasks/mlflow_names.py",
     "tasks/mlflow_store.py",
     "tasks/params.py",
     "tasks/process.py",
     "tasks/record.py",
+    "tasks/redaction.py",
     "tasks/registry.py",
     "tasks/sources.py",
+    "tasks/sqlite_file.py",
 )
 
 _TOY = """
