@@ -11,6 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from tasks.loopback import keep_loopback_direct
+from tasks.redaction import redact_logs
+
 ROOT = Path(__file__).resolve().parent.parent
 
 _QUIET = {
@@ -32,6 +35,8 @@ def prepare() -> None:
     """Set the defaults; a running `make ui` becomes the Prefect server of this process."""
     for variable, value in _QUIET.items():
         os.environ.setdefault(variable, value)
+    keep_loopback_direct()
+    redact_logs()
     if not {"PREFECT_HOME", "PREFECT_API_URL"} & os.environ.keys():
         os.environ["PREFECT_HOME"] = str(ROOT / ".prefect")
     if "PREFECT_API_URL" not in os.environ and (url := _running_ui()):

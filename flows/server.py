@@ -19,8 +19,9 @@ import flows.environment as environment  # before prefect, which reads it when i
 import typer
 
 from flows.leash import hold
+from flows.prefect_server import database_problem
 from nirvana.errors import InputError
-from tasks.mlflow_store import tracking_uri, without_credentials
+from tasks.mlflow_store import store_fault, tracking_uri, without_credentials
 from tasks.process import ERROR_PREFIX
 
 HOST = "127.0.0.1"
@@ -40,11 +41,14 @@ def prefect_server(port: int) -> Iterator[str]:
     url = f"http://{HOST}:{port}"
     variables = {"PREFECT_API_URL": f"{url}/api", "PREFECT_UI_API_URL": f"{url}/api"}
     command = ["prefect", "server", "start", "--host", HOST, "--port", str(port)]
+    if fault := database_problem():
+        raise InputError(fault)
     with _server("Prefect", command, port, f"{url}/api/health", variables):
         said = environment.ui_file()
         said.parent.mkdir(parents=True, exist_ok=True)
         # a run started meanwhile reports to this server
-        said.write_text(json.dumps({"pid": os.getpid(), "api": f"{url}/api"}), encoding="utf-8")
+        with suppress(OSError):  # then it is only not found by itself
+            said.write_text(json.dumps({"pid": os.getpid(), "api": f"{url}/api"}), encoding="utf-8")
         try:
             yield f"{url}/api"
         finally:
@@ -56,6 +60,8 @@ def mlflow_server(port: int) -> Iterator[str]:
     """Run an MLflow server on the checkout's history; yield its URL."""
     url = f"http://{HOST}:{port}"
     command = ["mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
+    if fault := store_fault():
+        raise InputError(fault)
     # in the environment, not on the command line: the process list must not show a password
     variables = {"MLFLOW_BACKEND_STORE_URI": tracking_uri()}
     with _server("MLflow", command, port, f"{url}/health", variables):

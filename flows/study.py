@@ -25,13 +25,12 @@ import flows.environment as environment  # before prefect, which reads it when i
 from prefect import Flow, State, flow, get_run_logger
 from prefect import task as prefect_task
 from prefect.cache_policies import NO_CACHE
-from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed, Failed
 from rich.console import Console
 
-from flows.leash import hold_temporary_server
 from flows.options import QUICK_COMPENSATION_SEQUENCES, QUICK_SELF_GENERATED, QUICK_TOKENS, TOKENS
 from flows.outcome import Outcome, show
+from flows.prefect_server import prefect_fault
 from flows.step import StepFailedError, bring_up_to_date
 from nirvana.errors import InputError
 from tasks.params import load_params
@@ -136,8 +135,10 @@ def study(function: Callable[..., Outcome]) -> Flow[..., Any]:
 
 def run(study_flow: Flow[..., Any], *arguments: Any) -> None:
     """Run a study's flow, beside a temporary Prefect server unless one is configured; end the process if it fails."""
-    if not PREFECT_API_URL.value():
-        hold_temporary_server()
+    os.chdir(environment.ROOT)
+    if fault := prefect_fault():  # its results are this flow's: it cannot do without
+        sys.stderr.write(f"{ERROR_PREFIX}{fault}\n")
+        sys.exit(1)
     try:
         state: State[Any] = study_flow(*arguments, return_state=True)  # type: ignore[assignment]
     except KeyboardInterrupt:

@@ -31,9 +31,11 @@ def print_summary(results: Sequence[StepResult], seconds: float, root: Path | st
         console.print(_places(Path(root)), highlight=False)
     except InputError:  # the run stopped before the files existed, by --until
         pass
+    except (LookupError, TypeError, ValueError, AttributeError):
+        console.print("reports/ holds other files than the steps write: no table.", highlight=False)
     console.print(_steps_table(results))
-    ran = [result.name for result in results if result.state != "Cached"]
-    if not ran:
+    ran = [result.name for result in results if result.state == "Completed"]
+    if all(result.state == "Cached" for result in results):
         console.print("Nothing changed: every step was up to date or came back from the cache.", highlight=False)
     console.print(f"main job: {seconds:.1f} s, {len(ran)} of {len(results)} steps ran", highlight=False)
 

@@ -23,6 +23,7 @@ from tasks.lm_eval_task import OFFLINE_TASKS
 from tasks.model_directory import load_tokenizer
 from tasks.perplexity_text import perplexity_text
 from tasks.span_corruption import SPANS
+from tasks.task_names import unknown_task
 from tasks.way_of_computing import chosen_way
 
 if TYPE_CHECKING:
@@ -121,20 +122,12 @@ def _load_tasks(
         _LOG.info("reading the index of lm-eval's own tasks")
     manager = TaskManager(include_path=str(folder), include_defaults=bool(others))
     if unknown := [name for name in others if name not in manager.all_tasks]:
-        raise InputError(_unknown_task(unknown[0], manager.all_tasks))
+        raise InputError(unknown_task(unknown[0], manager.all_tasks))
     loaded: list[Any] = []
     for name in names:
         with _offline() if name in OFFLINE_TASKS else _hub_explained(name):
             loaded.extend(_top_level(manager.load([name])))
     return loaded, manager
-
-
-def _unknown_task(name: str, known: Sequence[str]) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(name, [*known, *OFFLINE_TASKS, "paper"], n=3)
-    hint = f"did you mean {' or '.join(close)}?" if close else "`lm_eval ls tasks` lists them"
-    return f"evaluation.tasks: expected {', '.join(OFFLINE_TASKS)}, paper or a task of lm-eval, got {name!r}; {hint}"
 
 
 def _top_level(loaded: Mapping[str, Any]) -> list[Any]:

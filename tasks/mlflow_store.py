@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 EXPERIMENT = "nirvana"
 DATABASE = "mlflow.db"
 ARTIFACTS = "mlartifacts"
+STORE_FAULT = "MLflow"
+"""How a line about the store begins: results stand, and are recorded once it is there."""
 ANSWER_SECONDS = 5
 """How long a server may take to accept a connection."""
 
@@ -73,14 +75,16 @@ def store_fault() -> str | None:
         file = Path(rest.removeprefix("/").partition("?")[0])
         fault = database_fault(file, tables=("experiments", "runs", "alembic_version"))
         return fault and (
-            f"MLflow's database {_shown(file)}: expected one that can be written to, got: {fault}; move it aside "
-            f"(mv {_shown(file)} {_shown(file)}.damaged), the next run makes a new one and records there"
+            f"{STORE_FAULT}'s database {_shown(file)}: expected one that can be written to, got: {fault}; move it "
+            f"aside (mv {_shown(file)} {_shown(file)}.damaged), the next run makes a new one and records there"
         )
     address = urlsplit(uri)
     try:
         host, port = address.hostname, address.port or _PORTS.get(re.split(r"\+", scheme)[0])
     except ValueError:
-        return f"MLFLOW_TRACKING_URI: expected an address with a port that is a number, got {public_uri()}; correct it"
+        return (
+            f"{STORE_FAULT} at {public_uri()}: expected an address whose port is a number; correct MLFLOW_TRACKING_URI"
+        )
     if not host or not port or _by_proxy(scheme, host):
         return None
     try:
@@ -89,8 +93,8 @@ def store_fault() -> str | None:
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         return (
-            f"MLflow at {public_uri()}: expected a store that takes this run, got {redact(why)}; start it, or check or "
-            "unset MLFLOW_TRACKING_URI"
+            f"{STORE_FAULT} at {public_uri()}: expected a store that takes this run, got {redact(why)}; start it, or "
+            "check or unset MLFLOW_TRACKING_URI"
         )
 
 
@@ -142,7 +146,7 @@ def _explained(answer: str) -> str:
         remedy = "check MLFLOW_TRACKING_URI or unset it"
     else:
         remedy = f"move it aside (mv {DATABASE} {DATABASE}.other), the next run makes a new one and records there"
-    return f"MLflow at {public_uri()}: expected a store that takes this run, got {said!r}; {remedy}"
+    return f"{STORE_FAULT} at {public_uri()}: expected a store that takes this run, got {said!r}; {remedy}"
 
 
 def _experiment_id(client: "MlflowClient", root: Path) -> str:

@@ -22,9 +22,11 @@ _COPIED = (
     "params.yaml",
     "pyproject.toml",
     "flows/__init__.py",
+    "flows/early.py",
     "flows/environment.py",
     "flows/leash.py",
     "flows/pipeline.py",
+    "flows/prefect_server.py",
     "flows/step.py",
     "flows/summary.py",
     "flows/verify.py",
@@ -35,6 +37,7 @@ _COPIED = (
     "nirvana/files.py",
     "tasks/__init__.py",
     "tasks/__main__.py",
+    "tasks/check.py",
     "tasks/child.py",
     "tasks/code_files.py",
     "tasks/estimates.py",
@@ -50,6 +53,7 @@ _COPIED = (
     "tasks/registry.py",
     "tasks/sources.py",
     "tasks/sqlite_file.py",
+    "tasks/task_names.py",
 )
 
 _TOY = """

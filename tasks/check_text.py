@@ -1,0 +1,77 @@
+"""What params.yaml asks of the text, held against the corpus before anything is computed."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nirvana.errors import InputError
+
+if TYPE_CHECKING:
+    from tasks.documents import Document
+    from tasks.params import Params
+
+_FIRST_LOOK = 4
+"""Documents that are tried first; four times as many each time they do not suffice."""
+
+
+def check_text(params: "Params", model: Path, corpus: Path) -> None:
+    """Check that the documents give the sequences, windows and items that are asked for.
+
+    Raises:
+        InputError: If they do not, or the tokenizer does not fit.
+    """
+    from nirvana.architectures.registry import read_config
+    from tasks.documents import read_documents
+    from tasks.sample_pool import Encoder, draw_candidates, draw_compensation, draw_heldout, split_documents
+
+    splits = split_documents(read_documents(corpus / "documents.jsonl"))
+    encoder = Encoder.of_model(model, params.calibration.add_bos)
+    draw_candidates(params.calibration, splits["calibration"], encoder)
+    draw_heldout(params.calibration, splits["heldout"], encoder)
+    if params.compensation.method != "none":
+        draw_compensation(params, splits["calibration"], encoder, params.compensation.sequences)
+    _check_evaluation(params, splits["evaluation"], encoder.tokenizer, read_config(model))
+    _check_recovery(params, splits["calibration"], encoder, model)
+
+
+def _check_evaluation(params: "Params", documents: "Sequence[Document]", tokenizer: object, config: object) -> None:
+    from tasks.cloze import cloze_items
+    from tasks.continuation import continuation_items
+    from tasks.perplexity_text import perplexity_text
+
+    asked = params.evaluation
+    if not documents:
+        return  # sample_pool says so
+    if "cloze" in asked.tasks:
+        _enough(documents, lambda some: cloze_items(some, asked.cloze_items))
+    if "continuation" in asked.tasks:
+        _enough(documents, lambda some: continuation_items(some, asked.continuation_items))
+    _enough(
+        documents,
+        lambda some: perplexity_text(tokenizer, config, some, asked.window, asked.perplexity_tokens),  # type: ignore[arg-type]
+    )
+
+
+def _check_recovery(params: "Params", documents: "Sequence[Document]", encoder: object, model: Path) -> None:
+    if not params.recovery.tokens:
+        return
+    from tasks.recovery_text import training_text
+
+    length = params.recovery.sequence_length
+    training_text(documents, encoder, None, tokens=length, length=length, seed=params.recovery.seed)  # type: ignore[arg-type]
+
+
+def _enough(documents: "Sequence[Document]", make: "Callable[[Sequence[Document]], object]") -> None:
+    """Try with few documents first: what these give, all of them give, and most corpora are much larger than needed.
+
+    Raises:
+        InputError: What `make` says of all of them.
+    """
+    count = _FIRST_LOOK
+    while count < len(documents):
+        try:
+            make(documents[:count])
+            return
+        except InputError:
+            count *= 4
+    make(documents)
