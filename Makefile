@@ -52,17 +52,37 @@ bench-1b: $(READY)  ## the same with a 1.2B shape, a few minutes
 
 setup: $(READY)  ## only the environment
 
-# pip is silent for minutes; a dot every five seconds says that it works
+# Made beside the old environment, which stays until the new one stands; then scripts learn their new place.
+# pip is silent for minutes; a dot every five seconds says that it works.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || \
 		{ echo "error: expected Python 3.11 or 3.12, got $$($(PYTHON) --version 2>&1); run make PYTHON=python3.11" >&2; exit 2; }
 	@echo "setting up .venv: a few minutes, about 2.3 GB"
 	@start=$$SECONDS; \
+	if [ ! -e .venv ] && [ -e .venv.old ]; then mv .venv.old .venv; fi; \
 	(while sleep 5; do printf .; done) & dots=$$!; trap 'kill $$dots 2>/dev/null || true' EXIT; \
-	$(PYTHON) -m venv --clear .venv; \
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[pipeline,dev]'; \
+	$(PYTHON) -m venv --clear .venv.new && \
+	.venv.new/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[pipeline,dev]' && \
+	.venv.new/bin/python -c "$$RELOCATE" || { \
+		rm -rf .venv.new; \
+		if [ -e .venv ]; then stays="the old .venv is as it was: $(BIN)/python -m flows.pipeline works with it"; \
+		else stays="nothing is left of the attempt"; fi; \
+		echo >&2; echo "error: expected pip to set up a new environment, it failed (see above); $$stays; run make again" \
+			"where the packages can be reached" >&2; exit 2; }; \
+	rm -rf .venv.old; if [ -e .venv ]; then mv .venv .venv.old; fi; mv .venv.new .venv; rm -rf .venv.old; \
 	touch $@; \
 	echo " set-up: $$((SECONDS - start)) s"
+
+# a virtual environment's scripts hold its path
+define RELOCATE
+import pathlib, sys
+new = pathlib.Path(sys.prefix)
+old, final = str(new).encode(), str(new.with_name(".venv")).encode()
+for file in [new / "pyvenv.cfg", *new.glob("bin/*")]:
+    if file.is_file() and not file.is_symlink() and old in (content := file.read_bytes()):
+        file.write_bytes(content.replace(old, final))
+endef
+export RELOCATE
 
 clean:  ## what the steps made; the environment, DVC's cache and the histories stay
 	rm -rf data artifacts .cache build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
