@@ -50,13 +50,17 @@ def decode_weight_bytes(model: PreTrainedModel) -> int:
     For a decoder-only model that is every parameter once. In an encoder-decoder the encoder does not run, nor do the
     projections that made keys and values of its output: both are done with when the first token is there. Tables of
     which one row is looked up do not count, the input embedding first of all; it does, once, where the output head is
-    tied to it. The KV cache and activations do not count.
+    tied to it. Of a layer's experts, as many count as a token meets. The KV cache and activations do not count.
     """
     read: dict[int, int] = {}
+    experts = getattr(model.config, "num_experts", None)
+    experts_met = model.config.num_experts_per_tok / experts if experts else 1
 
     def note(module: nn.Module, *_: object) -> None:
         if not isinstance(module, nn.Embedding):
-            read.update({id(parameter): parameter.nbytes for parameter in module.parameters(recurse=False)})
+            share = experts_met if hasattr(module, "gate_up_proj") and hasattr(module, "num_experts") else 1
+            for parameter in module.parameters(recurse=False):
+                read[id(parameter)] = round(parameter.nbytes * share)
 
     reply = prefill(model, fixed_prompt(model.config.vocab_size, 1, 1).to(model.device))
     hooks = [module.register_forward_pre_hook(note) for module in model.modules()]
@@ -85,10 +89,21 @@ def flops_per_token(config: PreTrainedConfig, batch_size: int, prompt_length: in
     """
     with torch.device("meta"):
         model = auto_class(config).from_config(config, attn_implementation="eager").eval()
+        _count_experts_met(model)
         ids = torch.zeros(batch_size, prompt_length, dtype=torch.int64)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         prefill(model, ids)
     return counter.get_total_flops() / ids.numel()
+
+
+def _count_experts_met(model: PreTrainedModel) -> None:
+    """Let experts multiply once for each token that meets them, in a form that the meta device knows.
+
+    The grouped product exists there in bfloat16 only, and a loop over the experts that were hit needs values.
+    """
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "num_experts_per_tok"):
+            module.config._experts_implementation = "batched_mm"
 
 
 def fixed_prompt(vocab_size: int, batch_size: int, prompt_length: int) -> torch.Tensor:

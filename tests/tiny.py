@@ -268,6 +268,38 @@ def masked_dense(path: Path, keep, eager: bool = False):
     return model
 
 
+def pruned_checkpoint(model: Path, keep, target: Path):
+    """Prune a model to the given units, and return it loaded."""
+    from nirvana.loading import load_model
+    from nirvana.plan import Plan
+    from nirvana.surgery import prune
+    from nirvana.walk import Stack
+    from nirvana.weights import model_digest
+
+    sites = Stack.open(model).architecture.sites()
+    plan = Plan.build(
+        sites,
+        keep,
+        model_digest=model_digest(model),
+        model_type="any",
+        calibration_digest="sha256:none",
+        parameters={"pruning_ratio": 0.4},
+    )
+    prune(model, plan, target)
+    return load_model(target)
+
+
+def walk_logits(stack, keep, ids):
+    """Return the logits that the walk gives; soft-capped where the family does that."""
+    import torch
+
+    from nirvana.divergence import pruned_hidden_states
+
+    logits = pruned_hidden_states(stack, keep, ids) @ stack.head_weight().T
+    cap = stack.architecture.logit_softcap
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
 def tiny_t5_tokenizer(sentinels: int = 100):
     """Return a byte-level BPE tokenizer of 512 tokens with pad, EOS (appended) and T5's sentinel tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers

@@ -6,7 +6,7 @@ of the family's stock configuration, and nothing else lists the families.
 
 import pkgutil
 
-_SHARED = {"architecture", "decoder", "registry", "site", "wrappers"}
+_SHARED = {"architecture", "decoder", "followed", "registry", "site", "wrappers"}
 
 
 def family_names() -> list[str]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PretrainedConfig
 
+from nirvana.architectures.followed import check_generic
 from nirvana.architectures.site import Site
 
 Streams = tuple[Float[Tensor, "_ _ hidden"], ...]
@@ -45,6 +46,7 @@ class Architecture(ABC):
     """What the parameter names of the normalisation before the head begin with."""
 
     def __init__(self, config: PretrainedConfig):
+        check_generic(config, self.model_type, self.is_encoder_decoder)
         # The walk passes no mask where it can: only sdpa then remains causal.
         self.config = copy.deepcopy(config)
         self.config._attn_implementation = "sdpa"

@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from nirvana.architectures.architecture import Architecture, Keep, Streams
+from nirvana.architectures.followed import json_of
 from nirvana.architectures.site import Site, Slot
+from nirvana.errors import InputError
 
 _MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
@@ -42,7 +44,51 @@ class DecoderArchitecture(Architecture):
 
     def __init__(self, config: PretrainedConfig):
         super().__init__(config)
-        self._rotary: Any = None
+        self._check_layer_types()
+        self._check_own_sizes()
+
+    def _check_layer_types(self) -> None:
+        """Refuse kinds of attention that the family's class cannot run, or runs in one forward and not in the next.
+
+        Raises:
+            InputError: If `layer_types` has another kind than the two, a window without `sliding_window`, or, in a
+                family whose class runs one kind in all layers and sizes its cache by `layer_types`, two kinds.
+        """
+        kinds = getattr(self.config, "layer_types", None)
+        window = getattr(self.config, "sliding_window", None)
+        if kinds is None:
+            return
+        cause = None
+        if not set(kinds) <= set(_MASKS):
+            cause = f"{json_of(sorted(set(kinds) - set(_MASKS)))}, which no {self.model_type} class computes"
+        elif "sliding_attention" in kinds and window is None:
+            switched = " (use_sliding_window is false)" if hasattr(self.config, "use_sliding_window") else ""
+            cause = f"sliding_attention without a sliding_window{switched}"
+        elif self.attention == "window" and window is not None and len(set(kinds)) > 1:
+            cause = f"two kinds, and {self.model_type}'s class runs one in all layers"
+        elif self.attention == "by_layer" and len(kinds) != self.num_layers:
+            cause = f"{len(kinds)} for {self.num_layers} layers"
+        if cause is not None:
+            raise InputError(
+                f"config.json: expected layer_types of {' and '.join(_MASKS)} that the model's class can run, got "
+                f"{cause}; correct layer_types, or choose another model"
+            )
+
+    def _check_own_sizes(self) -> None:
+        """Refuse a pruned configuration whose layers differ in more than what pruning changes.
+
+        Raises:
+            InputError: If there is such a key.
+        """
+        if not self.config.is_heterogeneous:
+            return
+        sizes = {"num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size"}
+        for own in self.config.to_dict()["per_layer_config"].values():
+            if not set(own) <= sizes:
+                raise InputError(
+                    f"config.json: expected per_layer_config with {', '.join(sorted(sizes))}, got "
+                    f"{', '.join(sorted(set(own) - sizes))} too, which the pruned class does not follow; prune again"
+                )
 
     @property
     def num_layers(self) -> int:
@@ -167,9 +213,9 @@ class DecoderArchitecture(Architecture):
 
     def _layer_arguments(self, streams: Streams) -> list[dict[str, Any]]:
         (hidden,) = streams
-        if self._rotary is None:  # with values: its frequencies are computed, not loaded
-            self._rotary = type(self.skeleton.model.rotary_emb)(config=self.config)
-        rotary = self._rotary.to(hidden.device)
+        # A new one, with values: its frequencies are computed, not loaded, and some kinds (dynamic, longrope) change
+        # them by what they have seen. Here every length is computed as on a text of its own.
+        rotary = type(self.skeleton.model.rotary_emb)(config=self.config).to(hidden.device)
         positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
         kinds = self.attention_kinds()
         by_kind = {

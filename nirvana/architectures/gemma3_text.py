@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from nirvana.architectures.decoder import DecoderArchitecture
+from nirvana.architectures.followed import check_causal
 
 
 class Gemma3Text(DecoderArchitecture):
@@ -21,6 +22,7 @@ class Gemma3Text(DecoderArchitecture):
     residual_scale = None  # each branch has a norm after its output projection
 
     def __init__(self, config: PretrainedConfig):
+        check_causal(config, "use_bidirectional_attention", False)
         super().__init__(config)
         self.embedding_scale = config.hidden_size**0.5
         self.logit_softcap = config.final_logit_softcapping

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny import save_t5, t5_configs, tiny_llama
+from tiny import pruned_checkpoint, random_keep, save_family, save_t5, t5_configs, tiny_llama
 from transformers import (
     DynamicCache,
     EncoderDecoderCache,
@@ -29,6 +29,7 @@ from nirvana.footprint import (
 )
 from nirvana.greedy import decode, prefill
 from nirvana.loading import load_model
+from nirvana.walk import Stack
 
 VOCABULARY, HIDDEN, NEURONS, LAYERS, HEAD_DIM, HEADS, KV_HEADS = 100, 32, 64, 2, 8, 4, 2
 CPU = torch.device("cpu")
@@ -296,3 +297,23 @@ def test_benchmark_of_two_encoder_decoders(tmp_path):
     # decoding reads the decoder's three layers only
     assert result["dense"]["weight_bytes_per_token"] - result["pruned"]["weight_bytes_per_token"] == 4 * removed * 3 / 5
     assert min(result["dense"]["peak_bytes"], result["pruned"]["peak_bytes"]) > 0
+
+
+def test_flops_and_bytes_of_experts_are_those_that_a_token_meets(tmp_path):
+    """Hand-computed: 3 layers, the middle one dense, else 2 of 4 experts of 24 neurons; hidden 32, 4 x 16 queries."""
+    model = load_model(save_family("qwen3_moe", tmp_path))
+    attention, dense, expert, router = 32 * (64 + 32 + 32 + 64), 3 * 32 * 48, 3 * 32 * 24, 32 * 4
+    products = 3 * attention + dense + 2 * (2 * expert + router)
+    scores = 3 * 2 * 2 * 8 * 64
+    assert flops_per_token(model.config, 1, 8) == 2 * products + scores + 2 * 32 * 512 / 8
+    # norms: two of 32 a layer and one of 16 each for q and k, one at the end; the head is not tied
+    norms = 3 * (2 * 32 + 2 * 16) + 32
+    assert decode_weight_bytes(model) == 4 * (products + norms + 32 * 512)
+
+
+def test_benchmark_of_experts_runs_to_the_end(tmp_path):
+    model = save_family("qwen3_moe", tmp_path / "dense")
+    pruned_checkpoint(model, random_keep(Stack.open(model).architecture.sites()), tmp_path / "pruned")
+    result = benchmark(model, tmp_path / "pruned", Workload(1, 8, 2, 1, 0), CPU)
+    assert 0 < result["floor"]["prefill"] < 1
+    assert 0 < result["floor"]["decode"] < 1

@@ -13,44 +13,21 @@ from tiny import (
     logits_of,
     masked_dense,
     model_type_of,
+    pruned_checkpoint,
     random_ids,
     random_keep,
     save_family,
     save_t5,
+    walk_logits,
 )
 from transformers import CONFIG_MAPPING, GPT2Config
 
 from nirvana.architectures.registry import FAMILIES, REFUSED, architecture_for, read_config
-from nirvana.divergence import pruned_hidden_states
 from nirvana.errors import InputError
 from nirvana.loading import load_model
-from nirvana.plan import Plan
-from nirvana.surgery import prune
 from nirvana.walk import Stack
-from nirvana.weights import model_digest
 
 NAMES = all_families()
-
-
-def pruned_checkpoint(model, keep, target):
-    sites = Stack.open(model).architecture.sites()
-    plan = Plan.build(
-        sites,
-        keep,
-        model_digest=model_digest(model),
-        model_type="any",
-        calibration_digest="sha256:none",
-        parameters={"pruning_ratio": 0.4},
-    )
-    prune(model, plan, target)
-    return load_model(target)
-
-
-def walk_logits(stack, keep, ids):
-    """Return the logits that the walk gives; soft-capped where the family does that."""
-    logits = pruned_hidden_states(stack, keep, ids) @ stack.head_weight().T
-    cap = stack.architecture.logit_softcap
-    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def test_every_family_is_tried():
