@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nirvana.checkpoint import modeling_nirvana
-from nirvana.checkpoint.config import MODELING_FILE, pruned_config
+from nirvana.checkpoint.config import MODELING_FILE, own_head, pruned_config
 from nirvana.checkpoint.digests import write_digests
 from nirvana.checkpoint.safetensors_stream import stream_safetensors
 from nirvana.checkpoint.tokenizer import carry, read_if_any
@@ -73,7 +73,7 @@ def prune(
     plan.check_fits(sites, model_digest(source) if match_digest else None)
     tokenizer = read_if_any(source)
     slicer = Slicer(sites, plan.keep)
-    config = pruned_config(architecture, plan.keep)
+    config = pruned_config(architecture, plan.keep) | own_head(stack)
     written = _written(stack, stock=config["model_type"] == architecture.model_type)
     fit = Fit.planned(plan, stack, calibration)
     twice = {name: written[name] for name in fit.names} if fit else {}  # solved, then copied into the checkpoint

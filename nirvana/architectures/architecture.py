@@ -130,6 +130,18 @@ class Architecture(ABC):
     def pruned_overrides(self, kept_units: Mapping[str, int]) -> dict[str, Any]:
         """Return configuration values of the pruned class for layers that keep that many units."""
 
+    def earlier_spellings(self) -> dict[str, Any]:
+        """Return the configuration's values for readers that do not know transformers 5, with what they repeat."""
+        rope = getattr(self.config, "rope_parameters", None)
+        return {} if rope is None else {"rope_parameters": rope, **self._earlier_rope(rope)}
+
+    def _earlier_rope(self, rope: Mapping[str, Any]) -> dict[str, Any]:
+        scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+        result = {"rope_theta": rope["rope_theta"]}
+        if "partial_rotary_factor" in rope:
+            result["partial_rotary_factor"] = rope["partial_rotary_factor"]
+        return result | {"rope_scaling": None if rope["rope_type"] == "default" else scaling}
+
     def derived_parameters(self) -> list[str]:
         """Return parameters that only a checkpoint of the pruned class stores (see `stored_name`)."""
         return []

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from nirvana.errors import InputError
 
-_NEXT_TOKEN = (
+_WHY_CAUSAL = (
     "every token would see the ones after it, and saliency, perplexity and generation are about the next token; "
     "choose a causal language model"
 )
@@ -25,7 +25,7 @@ def check_causal(config: PretrainedConfig, key: str, causal: bool) -> None:
     value = getattr(config, key, causal)
     if value is not causal:
         raise InputError(
-            f"config.json: expected {key}: {str(causal).lower()} or no such key, got {json_of(value)}: {_NEXT_TOKEN}"
+            f"config.json: expected {key}: {str(causal).lower()} or no such key, got {json_of(value)}: {_WHY_CAUSAL}"
         )
 
 

@@ -1,5 +1,8 @@
 """Phi-3 and Phi-4-mini: q, k and v in one matrix, gate and up in another."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from transformers import PretrainedConfig
 
 from nirvana.architectures.decoder import DecoderArchitecture, head_dim_of
@@ -11,6 +14,14 @@ class Phi3(DecoderArchitecture):
 
     model_type = "phi3"
     attention = "window"
+
+    def _earlier_rope(self, rope: Mapping[str, Any]) -> dict[str, Any]:
+        # earlier readers of this family want these three in `rope_scaling` and no others
+        result = super()._earlier_rope(rope)
+        if result["rope_scaling"] is not None:
+            factors = {key: rope[key] for key in ("short_factor", "long_factor")}
+            result["rope_scaling"] = {"type": rope["rope_type"], **factors}
+        return result
 
     def _attention_slots(self, prefix: str, config: PretrainedConfig) -> tuple[Slot, ...]:
         hidden, head_dim, groups = config.hidden_size, head_dim_of(config), config.num_key_value_heads

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nirvana.architectures.site import Slot
+from nirvana.checkpoint.config import both_spellings, own_head
 from nirvana.checkpoint.export_hf import TOLERANCE, every_position, measure_in_transformers
 from nirvana.checkpoint.export_source import Format, Options, Source, check_space
 from nirvana.checkpoint.safetensors_stream import stream_safetensors
@@ -35,8 +36,9 @@ def _prepare(source: Source, options: Options) -> None:
 def _write(source: Source, options: Options, directory: Path) -> Plan:
     dense = source.dense.weights
     check_space(directory, sum(file.stat().st_size for file in set(dense.file_of.values())))
-    config = config_values(source.model)
-    write_json(directory / "config.json", {key: value for key, value in config.items() if key != "auto_map"})
+    config = {key: value for key, value in config_values(source.model).items() if key != "auto_map"}
+    config |= both_spellings(source.dense.architecture, config) | own_head(source.dense)
+    write_json(directory / "config.json", config)
     padding = _Padding(source)
     files: dict[str, list[str]] = {}
     for name in filter(source.dense.is_parameter, sorted(dense)):
