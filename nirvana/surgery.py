@@ -21,6 +21,7 @@ from nirvana.checkpoint.config import MODELING_FILE, own_head, pruned_config
 from nirvana.checkpoint.digests import write_digests
 from nirvana.checkpoint.safetensors_stream import stream_safetensors
 from nirvana.checkpoint.tokenizer import carry, read_if_any
+from nirvana.conformance import check_written
 from nirvana.errors import InputError
 from nirvana.files import atomic_directory, write_json
 from nirvana.plan import PLAN_NAME, Plan
@@ -43,6 +44,7 @@ def prune(
     execution: Execution = "resident",
     on_layer: Callable[[int], None] = lambda layer: None,
     page: tuple[str, ...] = (),
+    verified: bool = False,
 ) -> None:
     """Write the pruned checkpoint that a plan describes.
 
@@ -59,11 +61,14 @@ def prune(
         execution: Whether weights stay in memory once compensation has read them.
         on_layer: Called after each layer that is compensated, for progress.
         page: Texts on which the checkpoint's tokenizer is compared with the dense model's, beside a page of our own.
+        verified: Load what was written and compare it with the masked dense model before it gets its name: its first
+            layers on real tokens (`nirvana.conformance`).
 
     Raises:
         InputError: If the plan is for another model, a file is broken, the target holds something else, the
             calibration file is missing or another one, the tokenizer cannot be read or would read other ids from the
-            checkpoint, or the disk is too small (nothing is left under the final name).
+            checkpoint, the disk is too small, or what was written computes something else than the masked dense model
+            (nothing is left under the final name).
     """
     source, target = Path(model_directory).resolve(), Path(checkpoint_directory).resolve()
     _check_target(source, target)
@@ -88,6 +93,8 @@ def prune(
                 shutil.copyfile(modeling_nirvana.__file__, temporary / MODELING_FILE)
             plan.write(temporary / PLAN_NAME)
             write_digests(temporary, digests)
+            if verified:
+                _check(temporary, target, stack, plan)
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
@@ -96,6 +103,14 @@ def prune(
             f"{_checkpoint_bytes(weights, slicer, written) / 1e6:.0f} MB ({error.strerror}); free some space "
             "and run again"
         ) from error
+
+
+def _check(written: Path, target: Path, dense: Stack, plan: Plan) -> None:
+    """Compare what was written with the masked dense model; errors name the directory that was asked for."""
+    try:
+        check_written(written, dense, plan)
+    except InputError as error:
+        raise InputError(str(error).replace(str(written), str(target))) from error
 
 
 def _check_target(source: Path, target: Path) -> None:

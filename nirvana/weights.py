@@ -76,7 +76,7 @@ class WeightFiles:
     """
 
     def __init__(self, model_directory: Path | str):
-        self._directory = Path(model_directory)
+        self.directory = Path(model_directory)
         self._files: dict[str, Any] = {}
         self._paths: dict[str, Path] = {}
         for path in weight_files(model_directory):
@@ -116,7 +116,7 @@ class WeightFiles:
     def _file(self, name: str) -> tuple[Any, Stored]:
         if name not in self._layout:
             raise InputError(
-                f"{self._directory}: expected a tensor {name!r} in the model's safetensors files, found none"
+                f"{self.directory}: expected a tensor {name!r} in the model's safetensors files, found none"
                 f"{self._listed_in(name)}; the configuration and the weights do not belong together: fetch the model "
                 "again"
             )
@@ -126,7 +126,7 @@ class WeightFiles:
     def _listed_in(self, name: str) -> str:
         """Say which file should hold a tensor, where the index knows."""
         try:
-            shard = read_json(self._directory / INDEX_NAME)["weight_map"][name]
+            shard = read_json(self.directory / INDEX_NAME)["weight_map"][name]
         except (InputError, KeyError, TypeError):
             return ""
         return f", although {INDEX_NAME} says that it is in {shortened(shard)}"

@@ -58,9 +58,23 @@ def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path])
             choose_reading(directory, reading)
         with _named(directory, source):
             check_model_directory(directory, trust)
+            _check_walk(directory)
         digest = f"sha256:{sha256_directory(directory)}"
         write_json(directory / _SOURCE_RECORD, {"source": source, "digest": digest, **resolved})
     _LOG.info("model %s is in %s", resolved["resolved"], outputs["model"])
+
+
+def _check_walk(directory: Path) -> None:
+    """Compare the walk with transformers' class, once a model: what is computed from it later is right or refused."""
+    from nirvana.conformance import check_walk  # imports torch
+
+    found = check_walk(directory)
+    _LOG.info(
+        "the walk computes what transformers' class does: %s layers, texts of %s tokens, largest difference %.1e",
+        len(found.layers),
+        ", ".join(map(str, found.tokens)),
+        found.largest_difference,
+    )
 
 
 @contextmanager

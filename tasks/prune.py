@@ -45,6 +45,7 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
             device=device,
             execution=execution,
             on_layer=lambda layer: layers.update(),
+            verified=True,
         )
     value = None if known else _kl_divergence(inputs, outputs["checkpoint"], device, execution)
     write_json(outputs["divergence"], {"kl_divergence": value})

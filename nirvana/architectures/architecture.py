@@ -7,7 +7,7 @@ encoder-decoder. Each layer maps streams to streams; the head reads the last one
 import copy
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -107,6 +107,21 @@ class Architecture(ABC):
     def experts(self) -> tuple[int, int]:
         """Return how many experts a layer has and how many of them a token meets; (1, 1) without any."""
         return 1, 1
+
+    @abstractmethod
+    def layer_kind(self, layer: int) -> Hashable:
+        """Return what makes a layer differ from others in code: layers of one kind run alike."""
+
+    @abstractmethod
+    def class_layers(self, model: Any) -> list[tuple[nn.Module, nn.Module]]:
+        """Return the modules of a whole model that stand for each layer.
+
+        Args:
+            model: An instance of the stock or pruned class.
+
+        Returns:
+            A pair a layer: the module that runs it, and the one whose output is what leaves the layer in the walk.
+        """
 
     def fused_parameters(self, layer: int) -> list[str]:
         """Return the parameters of a layer that `fuse` copies."""

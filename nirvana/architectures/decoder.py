@@ -1,7 +1,7 @@
 """What the decoder-only families share: grouped-query attention, a gated MLP, and the walk over both."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -107,6 +107,14 @@ class DecoderArchitecture(Architecture):
     def has(self, flag: bool | str) -> bool:
         """Return a flag's value: itself, or what the configuration says under that key."""
         return bool(getattr(self.config, flag, False)) if isinstance(flag, str) else flag
+
+    def layer_kind(self, layer: int) -> Hashable:
+        """Return the kind of attention."""
+        return self.attention_kinds()[layer]
+
+    def class_layers(self, model: Any) -> list[tuple[nn.Module, nn.Module]]:
+        """Return each decoder layer, twice."""
+        return [(layer, layer) for layer in model.model.layers]
 
     # -- sites ---------------------------------------------------------------------------------------------------
 

@@ -53,7 +53,7 @@ def check_generic(config: PretrainedConfig, model_type: str, is_encoder_decoder:
         )
     if config.model_type != model_type:  # pruned: its sizes a layer are its own
         return
-    if config.is_heterogeneous:
+    if config.is_heterogeneous and config.to_dict().get("per_layer_config"):
         raise InputError(
             f"config.json: expected no per_layer_config in a {model_type} model, whose class builds all layers alike; "
             "a checkpoint that NIRVANA pruned has the model_type that begins with nirvana_"

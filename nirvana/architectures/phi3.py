@@ -16,11 +16,14 @@ class Phi3(DecoderArchitecture):
     attention = "window"
 
     def _earlier_rope(self, rope: Mapping[str, Any]) -> dict[str, Any]:
-        # earlier readers of this family want these three in `rope_scaling` and no others
         result = super()._earlier_rope(rope)
-        if result["rope_scaling"] is not None:
-            factors = {key: rope[key] for key in ("short_factor", "long_factor")}
-            result["rope_scaling"] = {"type": rope["rope_type"], **factors}
+        scaling = result["rope_scaling"]
+        if scaling is not None:
+            # They want these three in `rope_scaling` and no others, unless there is more to say: transformers 5
+            # reads this key before the later one.
+            if scaling.get("original_max_position_embeddings") == self.config.original_max_position_embeddings:
+                del scaling["original_max_position_embeddings"]
+            result["rope_scaling"] = {"type": scaling.pop("rope_type"), **scaling}
         return result
 
     def _attention_slots(self, prefix: str, config: PretrainedConfig) -> tuple[Slot, ...]:

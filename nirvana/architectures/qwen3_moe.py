@@ -5,7 +5,7 @@ All experts of a layer therefore keep equally many neurons; which ones is each e
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -59,6 +59,10 @@ class Qwen3Moe(DecoderArchitecture):
         config = self.config
         periodic = config.num_experts > 0 and (layer + 1) % config.decoder_sparse_step == 0
         return periodic and layer not in config.mlp_only_layers
+
+    def layer_kind(self, layer: int) -> Hashable:
+        """Return the kind of attention, and whether there are experts."""
+        return super().layer_kind(layer), self._has_experts(layer)
 
     def _experts(self, layer: int) -> list[str]:
         return [f"{self.layer_prefix(layer)}mlp.experts.{expert}." for expert in range(self.config.num_experts)]

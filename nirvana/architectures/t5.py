@@ -5,7 +5,7 @@ layer includes the norm that follows it. Every self-attention keeps its own head
 own slice of the stack's bias table; a stock T5 has one table a stack and needs the same heads in all of its layers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -76,6 +76,17 @@ class T5(Architecture):
     def derived_parameters(self) -> list[str]:
         """Return the bias table of every layer."""
         return [self.layer_prefix(layer) + _TABLE for layer in range(self.num_layers)]
+
+    def layer_kind(self, layer: int) -> Hashable:
+        """Return the stack, whether it is its first, which makes the position bias, and the encoder's last."""
+        stack, index = self._place(layer)
+        return stack, index == 0, self.ends_in_addition(layer)
+
+    def class_layers(self, model: Any) -> list[tuple[nn.Module, nn.Module]]:
+        """Return each block, with the norm that follows it where that belongs to the layer."""
+        blocks = [*model.encoder.block, *model.decoder.block]
+        last = self.config.num_layers - 1
+        return [(b, model.encoder.final_layer_norm if i == last else b) for i, b in enumerate(blocks)]
 
     # -- sites and sizes -----------------------------------------------------------------------------------------
 
