@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from nirvana.checkpoint.tokenizer import read_if_any
 from nirvana.device import resolve_device
 from nirvana.divergence import dense_hidden_states, head_divergence
 from nirvana.files import write_json
@@ -45,10 +46,18 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
             device=device,
             execution=execution,
             on_layer=lambda layer: layers.update(),
+            page=_held_out_text(inputs),
             verified=True,
         )
     value = None if known else _kl_divergence(inputs, outputs["checkpoint"], device, execution)
     write_json(outputs["divergence"], {"kl_divergence": value})
+
+
+def _held_out_text(inputs: Mapping[str, Path]) -> tuple[str, ...]:
+    """Return a page of the corpus, on which the checkpoint's tokenizer is compared with the dense model's."""
+    first = read_ids(inputs["heldout"])[0][0]
+    tokenizer = read_if_any(inputs["model"])
+    return () if tokenizer is None else (str(tokenizer.decode(first, skip_special_tokens=True)),)
 
 
 def _kl_divergence(inputs: Mapping[str, Path], checkpoint: Path, device: "torch.device", execution: Execution) -> float:
