@@ -117,7 +117,9 @@ def _cut_few(kept: Kept, source: str, corpus: Corpus, cutting: Cutting) -> Kept:
     """Cut long documents where there are too few for three splits, unless no more were asked for; say what was cut."""
     documents = kept.documents
     if len(documents) < min(_FEW_DOCUMENTS, corpus.max_documents):
-        smaller = Cutting(longest=2 * PIECE, size=piece_size(sum(len(each.text) for each in documents)))
+        characters = sum(len(each.text) for each in documents)
+        size = max(piece_size(characters), 2 * characters // corpus.max_documents)
+        smaller = Cutting(longest=max(2 * PIECE, size), size=size)
         documents = list(cut_documents(documents, smaller))[: corpus.max_documents]
         cutting.cut += smaller.cut
     if cutting.cut:

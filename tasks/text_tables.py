@@ -44,14 +44,15 @@ def arrow_rows(file: Path, field: str) -> Iterator[Row]:
             reader = ipc.open_file(source)
             batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
         names = reader.schema.names
-        top = field if field in names else next((name for name in names if field.startswith(f"{name}.")), None)
-        if top is None:
+        # a.b.c may be field c of column a.b, or b.c of a
+        tops = [name for name in names if f"{field}.".startswith(f"{name}.")]
+        if not tops:
             yield "schema", dict.fromkeys(names)
             return
         place = 0
         for batch in batches:
-            column = batch.column(names.index(top))
-            for begin in range(0, len(column), _ROWS):
-                for value in column.slice(begin, _ROWS).to_pylist():
+            columns = batch.select(tops)
+            for begin in range(0, len(columns), _ROWS):
+                for row in columns.slice(begin, _ROWS).to_pylist():
                     place += 1
-                    yield f"row {place}", {top: value}
+                    yield f"row {place}", row

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import random
 import zipfile
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from nirvana.errors import InputError
 from tasks.documents import Document, read_documents, write_documents
 from tasks.fetch_corpus import run, strip_text
 from tasks.params import Corpus
+from tasks.sample_pool import split_documents
 
 
 @pytest.fixture(autouse=True)
@@ -123,12 +125,58 @@ def test_rows_of_an_object_may_lack_the_column_but_not_all(tmp_path):
         fetch(tmp_path, "path:rows.json")
 
 
-def test_objects_of_rows_and_other_json_do_not_mix(tmp_path):
+def test_objects_of_rows_and_other_json_mix(tmp_path):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "a.json").write_text(json.dumps({"a": {"text": "x"}}))
     (tmp_path / "rows" / "b.json").write_text(json.dumps([{"text": "y"}]))
-    with pytest.raises(InputError, match="expected JSON files of one form, 1 of 2 are an object of rows"):
-        fetch(tmp_path, "path:rows/*.json")
+    assert fetch(tmp_path, "path:rows/*.json")[0] == [Document("train:0", "x"), Document("train:1", "y")]
+
+
+def book(characters, seed=0):
+    """Paragraphs of words that all differ from another book's."""
+    generator = random.Random(seed)
+    words = ["".join(generator.choices("abcdefgh", k=6)) for _ in range(3000)]
+    paragraphs = (" ".join(generator.choices(words, k=80)) + "." for _ in range(characters // 560))
+    return "\n\n".join(paragraphs)
+
+
+def test_one_book_is_cut_into_documents_and_it_is_said(tmp_path, caplog):
+    text = book(600_000)
+    (tmp_path / "book.txt").write_text(text)
+    documents, record = fetch(tmp_path, "path:book.txt", max_documents=2000)
+    assert [document.id for document in documents[:2]] == ["book:00000", "book:00001"]
+    assert "".join("".join(document.text for document in documents).split()) == "".join(text.split())
+    assert all(1 << 12 <= len(document.text) <= 1 << 13 for document in documents[:-1])
+    assert all(document.text.endswith(".") for document in documents)  # between paragraphs
+    assert record["documents_cut_into_pieces"] == 1
+    assert "Pieces of one text fall into different splits" in caplog.text
+    splits = split_documents(documents)
+    assert min(map(len, splits.values())) >= 3
+
+
+def test_few_long_documents_are_cut_but_not_few_that_were_asked_for(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for number in range(4):
+        (tmp_path / "texts" / f"{number}.txt").write_text(book(40_000, number))
+    (tmp_path / "texts" / "short.txt").write_text("Short.")
+    documents, record = fetch(tmp_path, "path:texts")
+    assert documents[-1] == Document("short", "Short.")
+    assert record["documents_cut_into_pieces"] == 4
+    assert 160_000 / 3200 <= len(documents) <= 100
+    documents, record = fetch(tmp_path, "path:texts", max_documents=3)
+    assert [document.id for document in documents] == ["0", "1", "2"]
+    assert "documents_cut_into_pieces" not in record
+
+
+def test_documents_without_text_and_copies_are_counted(tmp_path):
+    texts = ["one text of words", None, "another text of words", " One  TEXT of words ", ""]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    documents, record = fetch(tmp_path, "path:rows.jsonl")
+    assert len(documents) == 3
+    assert (record["documents_without_text"], record["copies"]) == (2, 1)
+    (tmp_path / "rows.jsonl").write_text('{"text": null}\n' * 3)
+    with pytest.raises(InputError, match=r"holds no text, only 3 documents without any"):
+        fetch(tmp_path, "path:rows.jsonl")
 
 
 def test_a_line_of_one_source_is_name_and_text(tmp_path):

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import random
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +13,9 @@ from safetensors.numpy import load_file, save
 from tiny import tiny_corpus, tiny_llama, tiny_t5
 
 from nirvana.errors import InputError
+from tasks import sample_pool
 from tasks.documents import Document, read_documents, write_documents
-from tasks.sample_pool import Encoder, documents_of, draw, run, split_documents
+from tasks.sample_pool import Encoder, documents_of, draw, draw_candidates, run, split_documents
 from tasks.span_corruption import HALVES, SPANS, PairMaker
 
 NAMES = ("calibration.pool_size", "calibration.sequences", "calibration.sequence_length")
@@ -134,6 +137,93 @@ def test_too_large_a_pool_says_what_is_allowed(lengths, allowed):
         assert len(draw_pool(make_documents(lengths), batches=allowed).input_ids) == allowed
 
 
+@pytest.mark.parametrize("sequences", [1_000, 1_000_000, 10**12])
+def test_numbers_beyond_any_corpus_end_at_once(sequences):
+    begin = time.process_time()
+    with pytest.raises(InputError, match=f"3 x {sequences} sequences of 16 tokens.*lower calibration.pool_size, cali"):
+        draw_pool(make_documents([40] * 50 + [4000] * 3), sequences=sequences)
+    assert time.process_time() - begin < 2
+
+
+def test_shares_that_cannot_suffice_are_left_out_and_change_nothing():
+    """Against a search that tries each share from 1 up."""
+    generator = random.Random(0)
+    for _ in range(40):
+        documents = make_documents(generator.choices(range(5, 300), k=8))
+        encoder = Encoder(letters, vocabulary=0x110000)
+        batches, sequences = generator.randint(1, 3), generator.randint(2, 30)
+        ordered = sorted(documents, key=lambda each: sample_pool._hash("o", each.id))
+        usable = [document for document in ordered if len(document.text) >= 8]
+        plans = (
+            sample_pool._assign(usable, encoder, batches, sequences, 8, share) for share in range(1, sequences + 1)
+        )
+        expected = next((plan for plan in plans if len(plan) == batches), None)
+        settings = {"batches": batches, "sequences": sequences, "length": 8, "order": "o", "names": NAMES}
+        if expected is None:
+            with pytest.raises(InputError, match="allows"):
+                draw(documents, encoder, **settings)
+        else:
+            found = draw(documents, encoder, **settings)
+            assert found.documents == [[document.id for document, _ in batch] for batch in expected]
+
+
+def test_messages_name_keys_that_exist(model, corpus, tmp_path):
+    for changes, keys in (
+        ({"heldout_sequences": 5000}, "lower calibration.heldout_sequences or calibration.heldout_length, or use"),
+        ({"method": "least_squares"}, "lower compensation.sequences or compensation.sequence_length, or use"),
+    ):
+        with pytest.raises(InputError, match=keys):
+            sample(model, corpus, tmp_path, compensation_sequences=5000, **changes)
+
+
+def test_copies_go_where_the_first_of_them_goes(caplog):
+    texts = [f"document {number} with words of its own, however few they may be" for number in range(200)]
+    copies = [Document(f"copy {number}", f"  {text.upper()}\n") for number, text in enumerate(texts)]
+    splits = split_documents([Document(f"name {number}", text) for number, text in enumerate(texts)] + copies)
+    for documents in splits.values():
+        names = {document.id.split()[1] for document in documents if document.id.startswith("name")}
+        assert names == {document.id.split()[1] for document in documents if document.id.startswith("copy")}
+    assert "200 of 400 documents are copies" in caplog.text
+
+
+def test_short_rows_are_joined_and_it_is_said(caplog):
+    documents = make_documents([10] * 60)
+    encoder = Encoder(letters, vocabulary=0x110000)
+    asked = SimpleNamespace(pool_size=2, sequences=4, sequence_length=16, seed=0)
+    pool = draw_candidates(asked, documents, encoder)
+    assert all("+1" in name for batch in pool.documents for name in batch)
+    assert "of 60, neighbours are joined by a blank line, which makes 30" in caplog.text
+    joined = "\n\n".join(document.text for document in documents)
+    assert all("".join(map(chr, row)) in joined for row in pool.input_ids.reshape(-1, 16))
+    # what suffices is left as it is
+    caplog.clear()
+    pool = draw_candidates(asked, documents + make_documents([10] * 60 + [30] * 8)[60:], encoder)
+    assert not any("+" in name for batch in pool.documents for name in batch)
+    assert not caplog.text
+
+
+def test_long_text_is_tokenised_in_pieces_and_little_is_kept(monkeypatch):
+    lengths = []
+
+    def spy(text, **_):
+        lengths.append(len(text))
+        return letters(text)
+
+    monkeypatch.setattr(sample_pool, "LONGEST", 100)
+    monkeypatch.setattr(sample_pool, "_TOKENS_HELD", 1000)
+    encoder = Encoder(spy, vocabulary=0x110000)
+    long = Document("long", "word and " * 50)
+    tokens = encoder(long)
+    assert max(lengths) <= 100
+    assert "".join(map(chr, tokens)).replace(" ", "") == long.text.replace(" ", "")
+    for number in range(50):
+        encoder(Document(f"d{number}", "x" * 90))
+    assert len(encoder._tokens) < 10
+    assert (encoder(long) == tokens).all()
+    # one name, two texts
+    assert len(encoder(Document("d", "abc"))) != len(encoder(Document("d", "abcd")))
+
+
 def test_token_outside_the_vocabulary():
     encoder = Encoder(letters, vocabulary=100)
     assert encoder(Document("fits", "abc")).tolist() == [97, 98, 99]
@@ -168,6 +258,7 @@ def sample(model, corpus, target, **changes):
     }
     compensation = {"method": "none", "sequences": 5, "sequence_length": 16}
     compensation |= {key: changes.pop(key) for key in ("method",) if key in changes}
+    compensation["sequences"] = changes.pop("compensation_sequences", 5)
     params = SimpleNamespace(
         calibration=SimpleNamespace(**(settings | changes)), compensation=SimpleNamespace(**compensation)
     )
