@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from flows import verify
+from flows import own_files, verify
 from nirvana.errors import InputError
 from tasks.process import ERROR_PREFIX, log_file, read_record
 
@@ -60,7 +60,7 @@ def _reproduce_whole(name: str, token: str | None, logger: Logger, wait_seconds:
 
     DVC restores from its caches unseen, so it is asked again without what turns out damaged.
     """
-    verify.mend_own_files(logger.warning)
+    own_files.mend_own_files(logger.warning)
     verify.give_copies(name, logger)
     for each in verify.changed_in_place(name):
         logger.warning("%s was changed since %s wrote it; made again", verify.said_files(each.files), name)
@@ -85,11 +85,11 @@ def _reproduce_whole(name: str, token: str | None, logger: Logger, wait_seconds:
 
 def _mended(name: str, error: Exception, logger: Logger) -> bool:
     """Tell whether something of DVC's own was damaged, and is not any more."""
-    mended = verify.mend_own_files(logger.warning)
+    mended = own_files.mend_own_files(logger.warning)
     for recorded in verify.recorded_of(name):
         mended |= verify.drop_damaged_objects(recorded.md5, verify.Ledger(), logger.warning)
-    if not mended and verify.is_about_state(error):
-        mended = verify.drop_state(logger.warning)
+    if not mended and own_files.is_about_state(error):
+        mended = own_files.drop_state(logger.warning)
     return mended
 
 

@@ -15,27 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import flows.environment as environment
+from flows.own_files import Say, cache_directory, drop_damaged_runs, mend_own_files, remove
 from nirvana.errors import InputError
 from nirvana.files import atomic_file
 from tasks.integrity import (
-    CACHE,
     LOCK,
     Difference,
     Ledger,
     Recorded,
-    damaged_lock,
     differences,
     listing,
     recorded_outputs,
     said_files,
 )
 from tasks.registry import STEPS, step
-
-RUN_CACHE = Path(".dvc/cache/runs")
-RWLOCK = Path(".dvc/tmp/rwlock")
-SET_ASIDE = Path(".cache/damaged")
-
-Say = Callable[[str], object]
 
 
 def output_paths(name: str) -> list[Path]:
@@ -69,17 +62,10 @@ def drop_damaged_outputs(name: str, say: Say) -> bool:
     for each in found:
         say(f"{said_files(each.files)}: not what {name} wrote (md5 of {each.path} in {LOCK}); made again")
         for file in each.files:
-            _remove(file)
+            remove(file)
         drop_damaged_objects(each.recorded.md5, ledger, say)
     ledger.save()
     return bool(found)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def drop_damaged_objects(md5: str, ledger: Ledger, say: Say, afresh: bool = False) -> bool:
@@ -132,17 +118,13 @@ def _put(file: Path, write: Callable[[Path], object]) -> None:
         file.chmod(0o444)  # as DVC protects it
 
 
+def objects() -> Path:
+    """Return where DVC's cache has its objects."""
+    return cache_directory() / "files/md5"
+
+
 def _object(md5: str) -> Path:
-    return _cache() / md5[:2] / md5[2:]
-
-
-def _cache() -> Path:
-    """Return DVC's cache, where a team may share one."""
-    from dvc.config import Config
-
-    with suppress(Exception):  # whatever is wrong with the configuration, DVC says it
-        return Path(Config(".dvc")["cache"].get("dir") or ".dvc/cache") / "files" / "md5"
-    return CACHE
+    return objects() / md5[:2] / md5[2:]
 
 
 def _drop_if_damaged(file: Path, ledger: Ledger, say: Say, afresh: bool = False) -> bool:
@@ -157,132 +139,10 @@ def _drop_if_damaged(file: Path, ledger: Ledger, say: Say, afresh: bool = False)
     return True
 
 
-def drop_damaged_runs(say: Say, afresh: bool = False) -> bool:
-    """Remove entries of DVC's run-cache whose content is not their name; tell whether any was."""
-    from dvc.utils import dict_sha256
-
-    ledger, dropped = Ledger(), False
-    for file in sorted(RUN_CACHE.glob("*/*/*")):
-        known = ledger.last(file)
-        if not afresh and known and ledger.md5(file) == known:
-            continue
-        if _content_digest(file, dict_sha256) == file.name:
-            ledger.md5(file)  # remembered from now on
-        else:
-            file.unlink(missing_ok=True)
-            say(f"{file}: damaged; dropped from DVC's run-cache, its step is computed again when it is asked for")
-            dropped = True
-    for folder in RUN_CACHE.glob("*/*"):
-        with suppress(OSError):  # DVC fails on an empty one, which a killed run leaves too
-            folder.rmdir()
-            dropped = True
-    ledger.save()
-    return dropped
-
-
-def _content_digest(file: Path, digest: Callable[..., str]) -> str | None:
-    import yaml
-
-    with suppress(Exception):  # whatever a flipped bit makes of YAML
-        content = yaml.load(file.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
-        return digest(content, exclude=["size", "nfiles"])
-    return None
-
-
-def mend_own_files(say: Say) -> bool:
-    """Set aside files of DVC's that it cannot read, all of which it makes again; tell whether any was.
-
-    Raises:
-        InputError: If dvc.lock holds a merge conflict, which only its owner can settle.
-    """
-    mended = drop_damaged_runs(say)
-    if RWLOCK.exists() and not _is_rwlock(RWLOCK):
-        mended |= _set_aside(RWLOCK, "the note of who works on what", say)
-    try:
-        _check_lock()
-    except InputError as error:
-        if "merge conflict" in str(error):
-            raise
-        mended |= _set_aside(LOCK, "what the results belong to; it is made again from DVC's run-cache", say)
-    return mended
-
-
-def _check_lock() -> None:
-    recorded_outputs()
-    if not LOCK.exists():
-        return
-    import yaml
-    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
-
-    content = yaml.load(LOCK.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
-    try:
-        COMPILED_LOCKFILE_SCHEMA(content)
-    except Exception as error:  # voluptuous has several
-        raise damaged_lock(LOCK, str(error)) from None
-
-
-def _is_rwlock(file: Path) -> bool:
-    from dvc.rwlock import SCHEMA
-
-    try:
-        SCHEMA(json.loads(file.read_text(encoding="utf-8")))
-    except Exception:  # not JSON, not UTF-8, or of another form
-        return False
-    return True
-
-
-def _set_aside(file: Path, what: str, say: Say) -> bool:
-    SET_ASIDE.mkdir(parents=True, exist_ok=True)
-    target = SET_ASIDE / file.name
-    _remove(target)
-    file.replace(target)
-    say(f"{file}: damaged ({what}); moved to {target}")
-    return True
-
-
 def recorded_of(name: str) -> list[Recorded]:
     """Return what dvc.lock says of a step's outputs."""
     recorded = recorded_outputs()
     return [recorded[path] for path in output_paths(name) if path in recorded]
-
-
-def is_about_state(error: BaseException) -> bool:
-    """Tell whether it was DVC's database of hashes that failed."""
-    import sqlite3
-
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, sqlite3.Error) or type(found).__module__.startswith("diskcache"):
-            return True
-        found = found.__cause__ or found.__context__
-    return False
-
-
-def drop_state(say: Say) -> bool:
-    """Remove DVC's database of hashes, which it makes again by reading the files."""
-    with suppress(Exception):
-        place = _state_directory()
-        for name in ("hashes", "links", "index"):
-            _remove(place / name)
-        say(f"{place}: DVC's database of hashes is damaged; removed, every file is hashed again")
-        return True
-    return False
-
-
-def _state_directory() -> Path:
-    """Return where DVC keeps its database of hashes; asked of DVC without opening it."""
-    from dvc.config import Config
-    from dvc.repo import Repo
-    from dvc_objects.fs import LocalFileSystem
-
-    unopened, root = object.__new__(Repo), Path.cwd()
-    unopened.__dict__ |= {
-        "root_dir": root.as_posix(),
-        "config": Config((root / ".dvc").as_posix()),
-        "tmp_dir": (root / ".dvc/tmp").as_posix(),
-        "_fs": LocalFileSystem(),
-    }
-    return Path(unopened.site_cache_dir)
 
 
 def give_copies(name: str, logger: Any) -> None:
@@ -341,7 +201,7 @@ def verify(say: Say) -> list[str]:
         tell(str(error))
         ledger = Ledger()
     drop_damaged_runs(tell, afresh=True)
-    for file in sorted(_cache().glob("*/*")):
+    for file in sorted(objects().glob("*/*")):
         if len(file.parent.name + file.name.removesuffix(".dir")) == 32:
             _drop_if_damaged(file, ledger, tell, afresh=True)
     ledger.save()

@@ -15,20 +15,13 @@ from nirvana.architectures.site import Site
 from nirvana.errors import InputError
 from nirvana.fields import Fields, shortened
 from nirvana.files import read_json, write_json
+from nirvana.plan_names import check_told_once
 from nirvana.ranges import from_ranges, to_ranges
 
 SCHEMA_VERSION = 1
 PLAN_NAME = "nirvana_plan.json"
 """Name of the plan inside the checkpoint that it made."""
 MODULES = ("attention", "mlp")
-
-# what the last part of a site's name says
-_MODULE_OF = {
-    "kv_group": "attention",
-    "self_attention": "attention",
-    "cross_attention": "attention",
-    "mlp_neuron": "mlp",
-}
 
 # What a file claims is not believed beyond any real model: indices are 8 bytes each once they are read.
 _MOST_UNITS = 1_000_000  # of one site
@@ -323,51 +316,6 @@ def _read_site(value: Fields) -> PlannedSite:
         weights_per_unit=value.whole("weights_per_unit", 1, _MOST_WEIGHTS),
         keep_indices=keep_indices,
     )
-
-
-def check_told_once(sites: Sequence[PlannedSite]) -> None:
-    """Refuse sites whose `layer` or `module` is not what their names say.
-
-    A name such as `decoder.3.mlp_neuron` counts layers within its stack; stacks follow one another.
-
-    Raises:
-        InputError: If they differ.
-    """
-    starts = _stack_starts(sites)
-    for site in sites:
-        said = _MODULE_OF.get(site.name.rpartition(".")[2], site.module)
-        if said != site.module:
-            raise InputError(
-                f"sites: expected module {said} at {site.name}, as its name says, got {site.module}; "
-                "make the plan again"
-            )
-        stack, number = _place(site.name)
-        if number is not None and site.layer != starts[stack] + number:
-            raise InputError(
-                f"sites: expected layer {starts[stack] + number} at {site.name}, as its name says, got {site.layer}; "
-                "make the plan again"
-            )
-
-
-def _stack_starts(sites: Sequence[PlannedSite]) -> dict[str, int]:
-    """Return the layer that each stack's first one is: the stack of the smallest layer comes first."""
-    sizes: dict[str, int] = {}
-    for site in sorted(sites, key=lambda site: site.layer):
-        stack, number = _place(site.name)
-        if number is not None:
-            sizes[stack] = max(sizes.get(stack, 0), number + 1)
-    starts, start = {}, 0
-    for stack, size in sizes.items():
-        starts[stack] = start
-        start += size
-    return starts
-
-
-def _place(name: str) -> tuple[str, int | None]:
-    """Return the stack that a site's name begins with, and its layer there: `("layers", 3)`."""
-    stack, _, rest = name.partition(".")
-    number = rest.partition(".")[0]
-    return stack, int(number) if number.isascii() and number.isdigit() and len(number) <= 7 else None
 
 
 def counted_ratio(sites: Iterable[PlannedSite]) -> dict[str, float]:

@@ -25,6 +25,7 @@ _COPIED = (
     "flows/early.py",
     "flows/environment.py",
     "flows/leash.py",
+    "flows/own_files.py",
     "flows/pipeline.py",
     "flows/prefect_server.py",
     "flows/step.py",

@@ -203,7 +203,7 @@ def empty_run_cache_entry(path):
 
 def damaged_state(path):
     dvc(path, "status")  # it is the checkout's own, named after its path
-    where = command(path, sys.executable, "-c", "from flows.verify import _state_directory as d; print(d())").stdout
+    where = command(path, sys.executable, "-c", "from flows.own_files import _state_directory as d; print(d())").stdout
     for file in Path(where.strip()).rglob("*.db"):
         file.write_bytes(b"garbage" * 200)
     return "DVC's database of hashes is damaged", []
