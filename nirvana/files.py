@@ -164,7 +164,9 @@ def read_json(path: Path | str, unique_keys: bool = False) -> Any:
     except OSError as error:
         raise InputError(f"{path}: expected a readable JSON file, got {error.strerror}; check the path") from error
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a number of over 4300 digits
-        raise InputError(f"{path}: expected JSON, got something else ({error}); delete it and run again") from None
+        raise InputError(
+            f"{path}: expected JSON, got something else ({error}); give another file, or run its step again"
+        ) from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

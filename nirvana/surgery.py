@@ -122,7 +122,7 @@ def _check_target(source: Path, target: Path) -> None:
     if target.exists() and not (target.is_dir() and ((target / PLAN_NAME).is_file() or not any(target.iterdir()))):
         raise InputError(
             f"{target}: expected no such path, an empty directory or an earlier pruned checkpoint, got something else; "
-            "choose another directory or remove it"
+            "choose another directory or move that aside"
         )
 
 

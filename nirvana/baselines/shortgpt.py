@@ -131,7 +131,7 @@ def _check(stack: Stack, pruning_ratio: float, source: Path, target: Path) -> No
     if target.exists() and not earlier:
         raise InputError(
             f"{target}: expected no such path, an empty directory or an earlier ShortGPT checkpoint, got something "
-            "else; choose another directory or remove it"
+            "else; choose another directory or move that aside"
         )
 
 

@@ -114,7 +114,7 @@ def _check_target(target: Path, sources: tuple[Path, ...]) -> None:
     if target.exists() and not (target.is_dir() and ((target / EXPORT_NAME).is_file() or not any(target.iterdir()))):
         raise InputError(
             f"{target}: expected no such path, an empty directory or an earlier export, got something else; "
-            "choose another directory or remove it"
+            "choose another directory or move that aside"
         )
 
 
