@@ -10,8 +10,10 @@ Source: NIRVANA (arXiv 2509.14230), unit saliency.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nirvana.architectures.architecture import Streams
@@ -208,3 +210,15 @@ def unit_saliency(sites: Iterable[Site], sums: Mapping[str, Tensor]) -> dict[str
             total += owned.to(torch.float64).view(site.units, slot.block).sum(dim=1)
         result[site.name] = total.to(torch.float32)
     return result
+
+
+def idle_experts(sites: Iterable[Site], saliency: Mapping[str, NDArray[np.float32]]) -> list[str]:
+    """Return the sites of experts that no token of the calibration has met: all of their units score zero.
+
+    Such a score says nothing about the expert, and yet its units are the first to go.
+
+    Args:
+        sites: Where units live.
+        saliency: Unit saliency by site name.
+    """
+    return [site.name for site in sites if site.equal_with is not None and not saliency[site.name].any()]

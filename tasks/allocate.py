@@ -1,16 +1,21 @@
 """Step: the unit saliency of the selected candidate, or the mean of the best ones -> the pruning plan."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 
 from nirvana.architectures.registry import architecture_for, read_config
+from nirvana.architectures.site import Site
 from nirvana.calibration import calibration_digest
 from nirvana.files import atomic_file, read_json
 from nirvana.plan import Compensation, Plan
+from nirvana.saliency import idle_experts
 from nirvana.walk import as_streams
 from nirvana.weights import model_digest
 from tasks.token_files import read_ids
@@ -18,6 +23,8 @@ from tasks.unit_saliency import allocate_as_asked, averaged_saliency, best_candi
 
 if TYPE_CHECKING:
     from tasks.params import Params
+
+_LOG = logging.getLogger(__name__)
 
 
 def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
@@ -27,6 +34,7 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
     saliency = averaged_saliency(candidate_files(inputs["unit_saliency"]), scores, averaged)
     chosen = best_candidates(scores, averaged)
     calibration = [torch.cat([pool[index] for index in chosen]) for pool in read_ids(inputs["candidates"])]
+    idle = _warn_of_idle_experts(architecture.sites(), saliency)
     keep = allocate_as_asked(architecture, saliency, params.allocation)
     allocation, compensation = params.allocation, None
     if params.compensation.method == "least_squares":
@@ -52,12 +60,32 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
         compensation=compensation,
     )
     with atomic_file(outputs["allocation"]) as temporary:
-        _by_layer(plan).to_csv(temporary, index=False)
+        _by_layer(plan, idle).to_csv(temporary, index=False)
     plan.write(outputs["plan"])
 
 
-def _by_layer(plan: Plan) -> pd.DataFrame:
-    """Return a row a layer and module: experts, or self- and cross-attention, are added up."""
+def _warn_of_idle_experts(sites: Sequence[Site], saliency: Mapping[str, NDArray[np.float32]]) -> pd.DataFrame | None:
+    """Return how many experts each layer has and how many of them met no token; None without experts."""
+    experts = [site for site in sites if site.equal_with is not None]
+    if not experts:
+        return None
+    idle = set(idle_experts(experts, saliency))
+    if idle:
+        _LOG.warning(
+            "%d of %d experts met no token of the calibration: their units score zero and are cut first; raise "
+            "calibration.sequences or calibration.sequence_length",
+            len(idle),
+            len(experts),
+        )
+    rows = pd.DataFrame(
+        {"layer": site.layer, "module": site.module, "experts": 1, "idle_experts": int(site.name in idle)}
+        for site in experts
+    )
+    return rows.groupby(["layer", "module"], as_index=False).sum()
+
+
+def _by_layer(plan: Plan, idle: pd.DataFrame | None) -> pd.DataFrame:
+    """Return a row a layer and module: experts, or self- and cross-attention, are added up; with idle ones counted."""
     sites = pd.DataFrame(
         {
             "layer": site.layer,
@@ -71,4 +99,7 @@ def _by_layer(plan: Plan) -> pd.DataFrame:
     )
     table = sites.groupby(["layer", "module"], as_index=False, sort=False).sum()
     table.insert(4, "kept_share", table["kept"] / table["units"])
-    return table
+    if idle is None:
+        return table
+    table = table.merge(idle, on=["layer", "module"], how="left").fillna({"experts": 0, "idle_experts": 0})
+    return table.astype({"experts": int, "idle_experts": int})

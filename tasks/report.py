@@ -75,6 +75,7 @@ def render(params: "Params", inputs: Mapping[str, Path]) -> str:
         selection=selection,
         divergence=selection["kl_divergence"] if measured is None else measured,
         benchmark=benchmark,
+        experts={key: sum(int(row.get(key, 0)) for row in layers) for key in ("experts", "idle_experts")},
         dense=dense,
         pruned=pruned,
         layers=[{key: value if key == "module" else json.loads(value) for key, value in row.items()} for row in layers],

@@ -195,15 +195,18 @@ def model_type_of(name: str) -> str:
     return (family_configs() | t5_configs())[name].model_type
 
 
-def save_family(name: str, path: Path, seed: int = 0) -> Path:
+def save_family(name: str, path: Path, seed: int = 0, **overrides: object) -> Path:
     """Save a random model of `all_families()`, biases and norms not trivial, and return `path`."""
     if name in t5_configs():
-        return save_t5(name, path, seed)
+        return save_t5(name, path, seed, **overrides)
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(family_configs()[name]).eval()
+    config = family_configs()[name]
+    if overrides:
+        config = type(config)(**{**config.to_dict(), "layer_types": None, **overrides})
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

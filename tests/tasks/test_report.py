@@ -587,3 +587,15 @@ def test_the_request_of_each_module_is_the_plans(page: Page, inputs: dict[str, P
 )
 def test_model_name(source: str, name: str) -> None:
     assert report.model_name(source) == name
+
+
+def test_experts_that_met_no_token_are_a_warning(tmp_path: Path, params: Any) -> None:
+    inputs, output = small(tmp_path), {"report": tmp_path / "report.html"}
+    report.run(params, inputs, output)
+    assert "experts met no token" not in output["report"].read_text()
+    header, *rows = inputs["allocation"].read_text().splitlines()
+    counted = [f"{row},64,{3 if ',mlp,' in row else 0}" for row in rows]
+    inputs["allocation"].write_text("\n".join([f"{header},experts,idle_experts", *counted]) + "\n")
+    report.run(params, inputs, output)
+    idle, experts = 3 * sum(",mlp," in row for row in rows), 64 * len(rows)
+    assert f"{idle} of {experts} experts met no token of the calibration" in output["report"].read_text()
