@@ -19,8 +19,9 @@ from torch import Tensor
 from nirvana.checkpoint import modeling_nirvana
 from nirvana.checkpoint.config import MODELING_FILE, own_head, pruned_config
 from nirvana.checkpoint.digests import write_digests
+from nirvana.checkpoint.reading import settled_tokenizer
 from nirvana.checkpoint.safetensors_stream import stream_safetensors
-from nirvana.checkpoint.tokenizer import carry, read_if_any
+from nirvana.checkpoint.tokenizer import carry
 from nirvana.conformance import check_written
 from nirvana.errors import InputError
 from nirvana.files import atomic_directory, write_json
@@ -76,7 +77,7 @@ def prune(
     architecture, weights = stack.architecture, stack.weights
     sites = architecture.sites()
     plan.check_fits(sites, model_digest(source) if match_digest else None)
-    tokenizer = read_if_any(source)
+    tokenizer = settled_tokenizer(source)
     slicer = Slicer(sites, plan.keep)
     config = pruned_config(architecture, plan.keep) | own_head(stack)
     written = _written(stack, stock=config["model_type"] == architecture.model_type)

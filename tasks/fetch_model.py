@@ -29,7 +29,7 @@ from tasks.model_directory import (
     check_architecture,
     check_model_directory,
     check_safetensors,
-    choose_reading,
+    settle_reading,
     tokens_of,
     wanted_files,
 )
@@ -53,10 +53,8 @@ def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path])
     source, trust = params.model.source, params.model.trust_remote_code
     with atomic_directory(outputs["model"]) as directory:
         resolved = fetch_model(source, directory, trust)
-        reading = getattr(params.model, "tokenizer", None)
-        if reading is not None:
-            choose_reading(directory, reading)
         with _named(directory, source):
+            settle_reading(directory, params.model.tokenizer)
             check_model_directory(directory, trust)
             _check_walk(directory)
         digest = f"sha256:{sha256_directory(directory)}"

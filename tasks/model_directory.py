@@ -9,7 +9,7 @@ from typing import Any
 
 from nirvana.checkpoint.prose import PROSE
 from nirvana.errors import InputError
-from nirvana.files import read_json, write_json
+from nirvana.files import read_json
 from nirvana.weight_names import INDEX_NAME, WEIGHTS_NAME
 
 _LOG = logging.getLogger(__name__)
@@ -128,12 +128,22 @@ def tokens_of(directory: Path) -> list[int]:
     return ids
 
 
-def choose_reading(directory: Path, reading: str) -> None:
-    """Note in a model directory which of two readings of its tokenizer counts: `file` or `class`."""
-    from nirvana.checkpoint.companions import TOKENIZER_CONFIG, tokenizer_config
-    from nirvana.checkpoint.tokenizer import READING
+def settle_reading(directory: Path, asked: str | None) -> None:
+    """Note in a model directory which of two readings of its tokenizer counts, where there are two.
 
-    write_json(directory / TOKENIZER_CONFIG, tokenizer_config(directory) | {READING: reading})
+    Args:
+        directory: The model, whole.
+        asked: `file` or `class`; None: the one that the model knows.
+
+    Raises:
+        InputError: If there is no tokenizer that can be read.
+    """
+    from nirvana.checkpoint.reading import choose, settle  # imports torch
+
+    if asked is None:
+        settle(directory)
+    else:
+        choose(directory, asked)
 
 
 def _check_vocabulary(directory: Path, trust_remote_code: bool) -> None:

@@ -1,8 +1,8 @@
 """Step sample_pool: split the corpus by document and draw the calibration pool and the held-out batch from it.
 
-A document goes to calibration (70 %), held-out (10 %) or evaluation (20 %) by the hash of its name alone, a copy by that
-of the first document it is a copy of. So the size of the pool never changes what is judged, and adding a document to the
-end moves no other.
+A document goes to calibration (70 %), held-out (10 %) or evaluation (20 %) by the hash of its name alone, a copy by
+that of the first document it is a copy of. So the size of the pool never changes what is judged, and adding a document
+to the end moves no other.
 
 Calibration documents are put in an order by hash and seed; each candidate takes the next few of them. A larger pool
 therefore begins with the same candidates, as long as one sequence a document is enough to fill it.

@@ -23,8 +23,9 @@ from torch import Tensor
 from nirvana.architectures.architecture import Architecture
 from nirvana.architectures.registry import architecture_for
 from nirvana.checkpoint.config import pruned_config
+from nirvana.checkpoint.reading import settled_tokenizer
 from nirvana.checkpoint.safetensors_stream import stream_safetensors
-from nirvana.checkpoint.tokenizer import carry, read_if_any
+from nirvana.checkpoint.tokenizer import carry
 from nirvana.errors import InputError
 from nirvana.files import atomic_directory, write_json
 from nirvana.walk import FORWARD_TOKENS, Ids, Stack, as_streams, microbatches, part_of, walk_forward
@@ -74,7 +75,7 @@ def write_shortgpt(
                 "requested_ratio": pruning_ratio,
             },
         )
-        carry(Path(model_directory), temporary, read_if_any(Path(model_directory)))
+        carry(Path(model_directory), temporary, settled_tokenizer(Path(model_directory)))
     return achieved
 
 

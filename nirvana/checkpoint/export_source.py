@@ -15,8 +15,9 @@ from torch import Tensor
 from nirvana.checkpoint.companions import has_tokenizer
 from nirvana.checkpoint.digests import check_digests
 from nirvana.checkpoint.parity import Parity
+from nirvana.checkpoint.reading import settled_tokenizer
 from nirvana.checkpoint.recovered import RECOVERY_NAME
-from nirvana.checkpoint.tokenizer import read_if_any, read_tokenizer
+from nirvana.checkpoint.tokenizer import read_tokenizer
 from nirvana.errors import InputError
 from nirvana.plan import PLAN_NAME, Plan
 from nirvana.solved import compensated_parameters
@@ -69,7 +70,7 @@ class Source:
         """
         if not has_tokenizer(self.checkpoint):
             return None
-        return read_if_any(self.model) or read_tokenizer(self.checkpoint)
+        return settled_tokenizer(self.model) or read_tokenizer(self.checkpoint)
 
     def compensated(self) -> dict[str, Tensor]:
         """Return what compensation may have solved for, by name: views of the checkpoint's pages, read when used."""

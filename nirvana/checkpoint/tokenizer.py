@@ -34,6 +34,15 @@ _SAMPLE = 256
 """Tokens of the vocabulary that are written and read back."""
 
 
+class TwoReadingsError(InputError):
+    """Plain text is read in two ways, and nothing says which counts: see `nirvana.checkpoint.reading`."""
+
+    def __init__(self, message: str, readings: dict[str, Any]):
+        super().__init__(message)
+        self.readings = readings
+        """The tokenizers, by what `READING` would choose them: `file` and `class`."""
+
+
 def read_tokenizer(directory: Path | str, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer of a model directory, once it is known to be whole.
 
@@ -42,8 +51,9 @@ def read_tokenizer(directory: Path | str, trust_remote_code: bool = False) -> An
         trust_remote_code: Whether code in the directory may be run.
 
     Raises:
-        InputError: If there is none that can be read, it does not know its own tokens, or transformers reads plain
-            text otherwise than the tokenizer.json beside it, and nothing says which of the two counts.
+        InputError: If there is none that can be read, or it does not know its own tokens.
+        TwoReadingsError: If transformers reads plain text otherwise than the tokenizer.json beside it, and nothing
+            says which of the two counts.
     """
     directory = Path(directory)
     with _explained(directory):
@@ -160,11 +170,12 @@ def _chosen(directory: Path, found: Any) -> Any:
     difference = first_difference(as_filed, found, ORDINARY)
     if difference is None:
         return found
-    raise InputError(
+    raise TwoReadingsError(
         f"{directory}: expected one reading of plain text, got two: tokenizer.json as it stands and the class that "
         f"transformers takes for this model type, {type(found).__name__} ({difference.line()}); the model was trained "
         "with one of them: set model.tokenizer in params.yaml to file or class, or "
-        f'"{READING}" in tokenizer_config.json'
+        f'"{READING}" in tokenizer_config.json',
+        {"file": as_filed, "class": found},
     )
 
 
