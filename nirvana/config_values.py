@@ -62,7 +62,20 @@ def normalised(content: dict[str, Any]) -> dict[str, Any]:
         pad = part.get("pad_token_id")
         if type(pad) is int and pad < 0:  # how early configurations say that there is none
             part["pad_token_id"] = None
+        if "pad_token_id" not in part and _default_padding(part) is not None:
+            part["pad_token_id"] = None
     return values
+
+
+def _default_padding(part: dict[str, Any]) -> int | None:
+    """Return the padding token that the class assumes where none is named, if the embedding has no row for it."""
+    from transformers import CONFIG_MAPPING
+
+    name, size = part.get("model_type"), part.get("vocab_size")
+    if not isinstance(name, str) or name not in CONFIG_MAPPING or type(size) is not int:
+        return None
+    pad = getattr(CONFIG_MAPPING[name], "pad_token_id", None)
+    return pad if type(pad) is int and pad >= size > 0 else None
 
 
 def _parts(values: dict[str, Any]) -> Iterator[dict[str, Any]]:

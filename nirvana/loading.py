@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
-from nirvana.architectures.registry import read_config
+from nirvana.architectures.registry import FAMILIES, describe, read_config
 from nirvana.directory_kind import refuse_adapter
 from nirvana.errors import InputError
 
@@ -53,7 +52,11 @@ def load_model(directory: Path | str, device: torch.device | str = "cpu") -> Pre
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever transformers makes of odd values: no common class
+        if config.model_type.removeprefix("nirvana_") in FAMILIES:
+            describe(directory)  # says which value it is, if it is one of config.json
         raise _broken(directory, error) from error
     missing = sorted(told["missing_keys"])
     if missing:  # transformers would put random numbers in their place

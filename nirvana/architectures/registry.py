@@ -78,11 +78,11 @@ def check_supported(config: PretrainedConfig, where: str) -> None:
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None:
         told = quantised if isinstance(quantised, dict) else getattr(quantised, "__dict__", {})
-        method = told.get("quant_method") or "quantised"
+        method = told.get("quant_method")
         name = getattr(method, "value", method)
         raise InputError(
-            f"{where}: expected weights in float64, float32, float16 or bfloat16, got a quantised model "
-            f"({shortened(name)}); prune the model it was made from, then quantise the result"
+            f"{where}: expected weights in float64, float32, float16 or bfloat16, got a quantised model (quant_method "
+            f"{shortened(name)}); prune the model it was made from, then quantise the result"
         )
 
 

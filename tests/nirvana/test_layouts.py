@@ -437,7 +437,7 @@ def test_quantised_models_say_which(tmp_path):
     model = save_family("llama", tmp_path / "model")
     for method in ("gptq", "awq", "bitsandbytes", "fp8", "compressed-tensors"):
         change_config(model, quantization_config={"quant_method": method})
-        with pytest.raises(InputError, match=rf"got a quantised model \('{method}'\)"):
+        with pytest.raises(InputError, match=rf"got a quantised model \(quant_method '{method}'\)"):
             Stack.open(model)
 
 
@@ -502,3 +502,24 @@ def test_a_value_that_nothing_can_be_built_from_is_named(key, value, tmp_path):
     change_config(model, **{key: value})
     with pytest.raises(InputError, match=rf"got {key}: .*correct {key} there"):
         Stack.open(model)
+
+
+def test_what_cannot_be_built_is_one_line_when_it_is_loaded_too(tmp_path):
+    model = save_family("llama", tmp_path / "model")
+    told = json.loads((model / "config.json").read_text())
+    told.pop("rope_parameters")
+    (model / "config.json").write_text(json.dumps(told | {"rope_scaling": {"type": "dynamic_ntk", "factor": 2.0}}))
+    for refused in (Stack.open, load_model):
+        with pytest.raises(InputError, match=r"got rope_scaling: .*correct rope_scaling there"):
+            refused(model)
+
+
+def test_a_padding_token_that_only_the_class_assumes_is_none(tmp_path):
+    """Phi-3's class assumes 32000 where nothing is said: with a smaller vocabulary transformers asserts."""
+    model = save_family("phi3", tmp_path / "model")
+    told = json.loads((model / "config.json").read_text())
+    told.pop("pad_token_id")
+    (model / "config.json").write_text(json.dumps(told))
+    prune(model, plan_of(model), tmp_path / "pruned")
+    assert json.loads((tmp_path / "pruned" / "config.json").read_text())["pad_token_id"] is None
+    load_model(tmp_path / "pruned")

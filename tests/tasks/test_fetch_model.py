@@ -267,7 +267,7 @@ def test_quantised_models_are_refused_before_anything_is_copied(model, tmp_path,
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     monkeypatch.setattr("shutil.copyfile", lambda *names: pytest.fail("something was copied"))
-    with pytest.raises(InputError, match=r"got a quantised model \('gptq'\)"):
+    with pytest.raises(InputError, match=r"got a quantised model \(quant_method 'gptq'\)"):
         fetch(f"path:{model}", tmp_path / "out")
 
 
