@@ -24,7 +24,7 @@ from nirvana.checkpoint.safetensors_stream import stream_safetensors
 from nirvana.checkpoint.tokenizer import carry
 from nirvana.conformance import check_written
 from nirvana.errors import InputError
-from nirvana.files import atomic_directory, write_json
+from nirvana.files import atomic_directory, scratch_directory, write_json
 from nirvana.plan import PLAN_NAME, Plan
 from nirvana.slicing import Slicer
 from nirvana.solved import Fit, read_solved, solved_parameters
@@ -85,11 +85,17 @@ def prune(
     twice = {name: written[name] for name in fit.names} if fit else {}  # solved, then copied into the checkpoint
     _check_space(target, _checkpoint_bytes(weights, slicer, written) + _checkpoint_bytes(weights, slicer, twice))
     try:
-        with atomic_directory(target) as temporary:
+        if fit is not None and tokenizer is not None:
+            with scratch_directory(target) as scratch:  # whether the tokenizer can be had is known before it is solved
+                write_json(scratch / "config.json", config)
+                carry(source, scratch, tokenizer, page)
+        with (
+            solved_parameters(fit, stack, plan, target, on_layer) as solved,
+            atomic_directory(target) as temporary,
+        ):
+            digests = _write_weights(weights, slicer, written, solved, temporary, on_tensor)
             write_json(temporary / "config.json", config)
-            carry(source, temporary, tokenizer, page)  # first: whether the tokenizer can be had is soon known
-            with solved_parameters(fit, stack, plan, target, on_layer) as solved:
-                digests = _write_weights(weights, slicer, written, solved, temporary, on_tensor)
+            carry(source, temporary, tokenizer, page)
             if "auto_map" in config:
                 shutil.copyfile(modeling_nirvana.__file__, temporary / MODELING_FILE)
             plan.write(temporary / PLAN_NAME)
