@@ -53,7 +53,7 @@ _MOST_TOKENS_A_CHARACTER = 8
 # of shares of a document; those before them are known not to suffice
 _TRIES = 256
 # by an Encoder: 128 MB; documents beyond are tokenised again when they are needed again
-_TOKENS_HELD = 1 << 25
+_TOKENS_HELD = 1 << 24
 _TOKENS_AN_ENTRY = 64
 
 
@@ -257,7 +257,7 @@ class Encoder:
         tokens = self._tokens.get(document)
         if tokens is None:
             parts = [self._encode(document.id, text) for text in pieces(document.text, LONGEST)]
-            tokens = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype=np.int32), *parts])
+            tokens = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype=np.int64), *parts])
             self._held += len(tokens) + _TOKENS_AN_ENTRY
             while self._tokens and self._held > _TOKENS_HELD:
                 self._held -= len(self._tokens.pop(next(iter(self._tokens)))) + _TOKENS_AN_ENTRY
@@ -273,7 +273,7 @@ class Encoder:
                 f"corpus document {name}: token {largest} is outside the model's vocabulary of "
                 f"{self.vocabulary}; use the tokenizer that the model was trained with"
             )
-        return tokens.astype(np.int32)
+        return tokens
 
 
 @dataclass(frozen=True)

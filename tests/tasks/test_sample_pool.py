@@ -227,6 +227,7 @@ def test_long_text_is_tokenised_in_pieces_and_little_is_kept(monkeypatch):
 def test_token_outside_the_vocabulary():
     encoder = Encoder(letters, vocabulary=100)
     assert encoder(Document("fits", "abc")).tolist() == [97, 98, 99]
+    assert encoder(Document("fits", "abc")).dtype == np.int64  # what a model reads
     with pytest.raises(InputError, match="document odd: token 100 is outside the model's vocabulary of 100"):
         encoder(Document("odd", "abcd"))
 
