@@ -1,4 +1,4 @@
-"""300 mutated inputs: one line or a usable result; `python -m benchmarks.reliability.mutations` tries as many as asked."""
+"""300 mutated inputs give one line or a usable result; benchmarks/reliability/mutations.py tries as many as asked."""
 
 import random
 
@@ -30,7 +30,7 @@ def test_what_goes_wrong_is_noticed() -> None:
 
     for error, noticed in ((InputError("one line"), 0), (InputError(""), 1), (KeyError("x"), 1), (Panic(), 1)):
         tally = Tally()
-        attempt(fails(error), "kind", 1, tally)
+        attempt(fails(error), "kind", tally, 1)
         assert (len(tally.tracebacks), tally.taken, tally.tried) == (noticed, 0, 1)
 
 
@@ -42,7 +42,7 @@ def test_a_hang_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
             chance.random()
 
     tally = Tally()
-    attempt(endless, "kind", 7, tally)
+    attempt(endless, "kind", tally, 7)
     assert tally.hangs == ["kind 7"]
 
 

@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -143,7 +144,7 @@ class Kinds:
         self.params = load_params(ROOT / "params.yaml")
         model = tiny_llama(home / "llama")
         sites = Stack.open(model).architecture.sites()
-        origin = {"model_digest": model_digest(model), "model_type": "llama", "calibration_digest": "sha256:none"}
+        origin: dict[str, Any] = {"model_digest": model_digest(model), "model_type": "llama", "calibration_digest": "sha256:none"}
         parameters = {"pruning_ratio": 0.4, "gamma": 3.36, "round_to": 8}
         Plan.build(sites, random_keep(sites), **origin, parameters=parameters).write(home / "plan.json")
         self.plan_text = (home / "plan.json").read_bytes()
@@ -234,7 +235,7 @@ class Kinds:
 # -- running them --------------------------------------------------------------------------------------------------
 
 
-def attempt(read: Callable[[random.Random], None], kind: str, seed: int, tally: Tally) -> None:
+def attempt(read: Callable[[random.Random], None], kind: str, tally: Tally, seed: int) -> None:
     """Try one input and note what became of it."""
     tally.tried += 1
     start = time.process_time()
@@ -276,9 +277,9 @@ def _hypothesis(one: Callable[[int], None], count: int) -> None:
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import strategies as st
 
-    rules = {"deadline": None, "database": None, "phases": [Phase.generate], "suppress_health_check": list(HealthCheck)}
+    quietly = list(HealthCheck)
 
-    @settings(max_examples=count, **rules)
+    @settings(max_examples=count, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=quietly)
     @given(seed=st.integers(0, 2**62))
     def with_seed(seed: int) -> None:
         one(seed)
@@ -296,7 +297,7 @@ def try_all(inputs: int, kinds: tuple[str, ...] = tuple(SHARES)) -> dict[str, Ta
             read = getattr(home, f"{kind}_kind")
             count = max(1, round(inputs * SHARES[kind] / whole))
 
-            _hypothesis(lambda seed, read=read, kind=kind, tally=tally: attempt(read, kind, seed, tally), count)
+            _hypothesis(partial(attempt, read, kind, tally), count)
     return tallies
 
 
@@ -331,7 +332,7 @@ def main(
     if kind is not None and seed is not None:
         tally = Tally()
         with tempfile.TemporaryDirectory() as folder, _quietly(Path(folder)):
-            attempt(getattr(Kinds(Path(folder)), f"{kind}_kind"), kind, seed, tally)
+            attempt(getattr(Kinds(Path(folder)), f"{kind}_kind"), kind, tally, seed)
         tallies = {kind: tally}
     else:
         tallies = try_all(inputs, (kind,) if kind else tuple(SHARES))
