@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -102,8 +103,9 @@ def _count_experts_met(model: PreTrainedModel) -> None:
     The grouped product exists there in bfloat16 only, and a loop over the experts that were hit needs values.
     """
     for module in model.modules():
-        if hasattr(getattr(module, "config", None), "num_experts_per_tok"):
-            module.config._experts_implementation = "batched_mm"
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "num_experts_per_tok"):
+            config._experts_implementation = "batched_mm"
 
 
 def fixed_prompt(vocab_size: int, batch_size: int, prompt_length: int) -> torch.Tensor:

@@ -51,11 +51,12 @@ def keys_of_the_walk(model: PreTrainedModel) -> set[str]:
 
 def keys_described(model_type: str) -> set[str]:
     """Return the keys that the description of a family names: as attributes of a configuration, or as text."""
-    described = set()
+    described: set[str] = set()
     for module in (architecture, decoder, followed, _description(model_type)):
         tree = ast.parse(inspect.getsource(module))
         described |= set(_reads(module))
-        described |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and _is_key(node.value)}
+        constants = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+        described |= {value for value in constants if isinstance(value, str) and _is_key(value)}
     return described
 
 

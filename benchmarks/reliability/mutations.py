@@ -144,9 +144,11 @@ class Kinds:
         self.params = load_params(ROOT / "params.yaml")
         model = tiny_llama(home / "llama")
         sites = Stack.open(model).architecture.sites()
-        origin: dict[str, Any] = {"model_digest": model_digest(model), "model_type": "llama", "calibration_digest": "sha256:none"}
+        origin: dict[str, Any] = {"model_digest": model_digest(model), "calibration_digest": "sha256:none"}
         parameters = {"pruning_ratio": 0.4, "gamma": 3.36, "round_to": 8}
-        Plan.build(sites, random_keep(sites), **origin, parameters=parameters).write(home / "plan.json")
+        Plan.build(sites, random_keep(sites), model_type="llama", **origin, parameters=parameters).write(
+            home / "plan.json"
+        )
         self.plan_text = (home / "plan.json").read_bytes()
         self.configs = [
             json.dumps(config.to_dict(), default=str).encode()
@@ -206,7 +208,7 @@ class Kinds:
         """Files of text in each format, read, split, and made into items."""
         from tasks.cloze import cloze_items
         from tasks.continuation import continuation_items
-        from tasks.documents import expand, read_files
+        from tasks.text_files import expand, read_files
 
         folder = Path(tempfile.mkdtemp(dir=self.home))
         suffix = chance.choice([".txt", ".md", ".jsonl", ".json", ".csv"])
