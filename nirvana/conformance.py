@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -177,12 +176,6 @@ def check_walk_once(model_directory: Path | str, cache: Path | str) -> Conforman
     except OSError as error:
         _LOG.info("%s: not kept, it is compared again next time (%s)", kept, error)
     return conformance
-
-
-def user_cache() -> Path:
-    """Return where a user's own machine keeps what `check_walk_once` found."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "nirvana" / "conformance"
 
 
 def layout_digest(model_directory: Path | str) -> str:
@@ -423,14 +416,14 @@ def _parameters_on_meta() -> Iterator[None]:
     """Build modules whose parameters take no memory; their buffers, which no file holds, get values."""
     original = nn.Module.register_parameter
 
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        original(module, name, None if parameter is None else nn.Parameter(parameter.to("meta")))
+    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        original(module, name, None if param is None else nn.Parameter(param.to("meta")))
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    nn.Module.register_parameter = on_meta  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
+        nn.Module.register_parameter = original  # type: ignore[assignment,method-assign]
 
 
 @contextmanager

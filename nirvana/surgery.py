@@ -22,7 +22,7 @@ from nirvana.checkpoint.digests import write_digests
 from nirvana.checkpoint.reading import settled_tokenizer
 from nirvana.checkpoint.safetensors_stream import stream_safetensors
 from nirvana.checkpoint.tokenizer import carry
-from nirvana.conformance import check_written
+from nirvana.conformance import check_walk, check_written
 from nirvana.errors import InputError
 from nirvana.files import atomic_directory, scratch_directory, write_json
 from nirvana.plan import PLAN_NAME, Plan
@@ -84,6 +84,8 @@ def prune(
     fit = Fit.planned(plan, stack, calibration)
     twice = {name: written[name] for name in fit.names} if fit else {}  # solved, then copied into the checkpoint
     _check_space(target, _checkpoint_bytes(weights, slicer, written) + _checkpoint_bytes(weights, slicer, twice))
+    if verified and fit:
+        check_walk(source)  # before the costly part; else what is written tells
     try:
         if fit is not None and tokenizer is not None:
             with scratch_directory(target) as scratch:  # whether the tokenizer can be had is known before it is solved

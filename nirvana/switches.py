@@ -55,8 +55,8 @@ def keys_described(model_type: str) -> set[str]:
     for module in (architecture, decoder, followed, _description(model_type)):
         tree = ast.parse(inspect.getsource(module))
         described |= set(_reads(module))
-        constants = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
-        described |= {value for value in constants if isinstance(value, str) and _is_key(value)}
+        texts = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+        described |= {text for text in texts if isinstance(text, str) and text.isidentifier()}
     return described
 
 
@@ -118,10 +118,6 @@ def _is_one_of(node: ast.AST, objects: tuple[str, ...]) -> bool:
 def _text(node: ast.AST) -> Iterator[str]:
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         yield node.value
-
-
-def _is_key(value: object) -> bool:
-    return isinstance(value, str) and value.isidentifier()
 
 
 def _is_code(config_class: type, key: str) -> bool:

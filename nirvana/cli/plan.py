@@ -95,13 +95,11 @@ def apply(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from nirvana.architectures.registry import read_config
-    from nirvana.conformance import check_walk_once, user_cache
     from nirvana.surgery import prune
     from nirvana.weights import WeightFiles, weight_files
 
     if not force:
         content.check_type(read_config(model).model_type)
-    check_walk_once(model, user_cache())
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
