@@ -108,7 +108,9 @@ def describe(
                 f"config.json: expected at least one layer, got {architecture.num_layers}; fetch the model again"
             )
         check(architecture)
-        _ = architecture.parameter_shapes, architecture.sites()
+        _ = architecture.parameter_shapes
+        if not any(site.weights for site in architecture.sites()):
+            raise InputError("config.json: expected layers with weights, got sizes of 0; fetch the model again")
     except InputError:
         raise
     except Exception as error:  # whatever transformers makes of odd values: no common class
