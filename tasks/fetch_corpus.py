@@ -15,6 +15,7 @@ from tqdm import tqdm
 from nirvana.errors import InputError
 from nirvana.files import atomic_directory, sha256_file, write_json
 from tasks.copies import groups_of_copies
+from tasks.cpu_limit import cpu_limit
 from tasks.documents import DATASETS_CACHE, Document, describe, write_documents
 from tasks.hub import hub_errors, online, resolve_commit
 from tasks.pieces import LONGEST, PIECE, Cutting, cut_documents, piece_size
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from tasks.params import Corpus, Params
 
 _LOG = logging.getLogger(__name__)
+_STRIP_SECONDS = 20  # of CPU; a book of 5 MB takes under one
 
 
 # of a source: 16 times the default corpus; twice as many bytes of memory, or four times where letters are not Latin
@@ -89,7 +91,7 @@ def _kept(stream: Iterator[Document], number: int, source: str, corpus: Corpus, 
     documents: list[Document] = []
     characters = without_text = 0
     for each in tqdm(stream, desc="documents", unit="", mininterval=1.0):
-        text = strip_text(each.text, corpus.strip)
+        text = _stripped(each, corpus.strip)
         if not text:
             without_text += 1
             continue
@@ -111,6 +113,20 @@ def _kept(stream: Iterator[Document], number: int, source: str, corpus: Corpus, 
     if without_text:
         _LOG.warning("%s: %d documents without text are left out", source, without_text)
     return _cut_few(Kept(documents, without_text, len(cutting.cut)), source, corpus, cutting)
+
+
+def _stripped(document: Document, pattern: str | None) -> str:
+    """Strip a document's text.
+
+    Raises:
+        InputError: If that takes longer than any sensible expression: a repetition of a repetition may never end.
+    """
+    with cpu_limit(
+        _STRIP_SECONDS,
+        f"corpus.strip: expected an expression that is done with a document within {_STRIP_SECONDS} s, {pattern!r} is "
+        f"not with {document.id}; write it without a repetition of a repetition",
+    ):
+        return strip_text(document.text, pattern)
 
 
 def _cut_few(kept: Kept, source: str, corpus: Corpus, cutting: Cutting) -> Kept:
