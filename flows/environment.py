@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from tasks.loopback import keep_loopback_direct
-from tasks.redaction import redact_logs
+from tasks.redaction import redact, redact_logs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,4 +57,14 @@ def _running_ui() -> str | None:
     return None
 
 
+def _read_settings() -> None:
+    """Import Prefect, which checks its PREFECT_... variables then; one line where one of them cannot be."""
+    try:
+        from prefect import flow  # noqa: F401
+    except ValueError as error:  # pydantic's; its second and third lines name the first variable and what is expected
+        said = redact("; ".join(line.strip() for line in str(error).splitlines()[1:3]))
+        sys.exit(f"error: expected PREFECT_... variables and settings that Prefect takes, got {said}; correct them")
+
+
 prepare()
+_read_settings()

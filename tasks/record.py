@@ -83,7 +83,7 @@ def read_lock(path: Path = LOCK) -> dict[str, Any]:
 
     try:
         stages = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
-    except (FileNotFoundError, KeyError, TypeError, yaml.YAMLError):
+    except (OSError, KeyError, TypeError, ValueError, RecursionError, yaml.YAMLError):
         raise InputError(f"{path}: expected the stages that DVC ran, found none; run `dvc repro`") from None
     return stages
 
@@ -125,7 +125,7 @@ def is_recorded(root: Path | str = ".") -> bool:
         found = read_json(Path(root) / RUN_FILE)
         digest = experiment_digest(read_lock(Path(root) / LOCK))
         same = (found["experiment_digest"], found["tracking_uri"]) == (digest, public_uri())
-    except (InputError, KeyError, TypeError):
+    except (LookupError, TypeError, ValueError, AttributeError, OSError):  # another form than we write, or none
         return False
     return same and is_reachable_default()
 

@@ -135,6 +135,14 @@ def test_what_a_server_answers_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         assert prefect_server._silence(odd), odd
 
 
+def test_a_setting_that_prefect_refuses_is_told() -> None:
+    """Prefect says it in its own words too."""
+    done = command(Path.cwd(), sys.executable, "-m", "flows.pipeline", check=False, PREFECT_LOGGING_LEVEL="nonsense")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: expected PREFECT_... variables and settings that Prefect takes, got level; Input")
+
+
 def test_a_database_elsewhere_is_looked_for_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable, url, file in (
         ("PREFECT_API_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{tmp_path}/x.db", tmp_path / "x.db"),
