@@ -91,6 +91,7 @@ def apply(
         raise InputError("--calibration: expected a plan with a compensation beside it, got one without; leave it out")
     import sys
 
+    import transformers
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -100,6 +101,7 @@ def apply(
 
     if not force:
         content.check_type(read_config(model).model_type)
+    transformers.utils.logging.disable_progress_bar()  # of what is loaded to compare it
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
