@@ -54,7 +54,7 @@ def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path])
     with atomic_directory(outputs["model"]) as directory:
         resolved = fetch_model(source, directory, trust)
         with _named(directory, source):
-            settle_reading(directory, params.model.tokenizer)
+            settle_reading(directory, getattr(params.model, "tokenizer", None))
             check_model_directory(directory, trust)
             _check_walk(directory)
         digest = f"sha256:{sha256_directory(directory)}"
