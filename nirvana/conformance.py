@@ -101,7 +101,7 @@ def check_written(checkpoint: Path | str, dense: Stack, plan: Plan) -> Conforman
     updates = None
     if plan.compensation is not None:
         updates = {name: pruned.weights[name] for name in sorted(compensated_parameters(dense.architecture))}
-    weights = MaskedWeights(dense.weights.directory, dense.architecture.sites(), plan.keep, updates)
+    weights = MaskedWeights(dense, plan.keep, updates)
     masked = Stack(dense.architecture, weights, torch.device("cpu"), "streamed")
     expected = f"expected {_class_name(pruned)} to compute what the dense model masked by the plan does"
     remedy = "nothing was written: the files are damaged on this disk, or this is a fault of ours: report it"

@@ -8,7 +8,7 @@ solved for: no plan says what is in them, so what is kept of them is the checkpo
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nirvana.architectures.site import Site, Slot
+from nirvana.architectures.site import Slot
 from nirvana.divergence import dense_hidden_states
 from nirvana.errors import InputError
 from nirvana.loading import load_model
@@ -64,23 +64,19 @@ class MaskedWeights(WeightFiles):
     """A dense model's tensors with the parameters of condemned units set to zero.
 
     Args:
-        model_directory: The dense model.
-        sites: Its sites.
+        dense: The dense model.
         keep: Kept units by site name.
         updates: Output projections, sliced, which take the place of the kept columns; other parameters, in whole.
     """
 
     def __init__(
-        self,
-        model_directory: Path | str,
-        sites: Iterable[Site],
-        keep: Mapping[str, NDArray[np.int64]],
-        updates: Mapping[str, Tensor] | None = None,
+        self, dense: Stack, keep: Mapping[str, NDArray[np.int64]], updates: Mapping[str, Tensor] | None = None
     ):
-        super().__init__(model_directory)
+        super().__init__(dense.weights.directory)
+        self.arrange(dense.weights.layout)
         self._updates = updates or {}
         self._condemned: dict[str, list[tuple[Slot, Tensor]]] = {}
-        for site in sites:
+        for site in dense.architecture.sites():
             units = np.setdiff1d(np.arange(site.units), keep[site.name])
             for slot in site.slots:
                 # what several layers share stays: a unit with no values and no output columns is silent without it
@@ -122,9 +118,7 @@ def masked_logits(
         updates: See `MaskedWeights`.
     """
     stack = Stack.open(model_directory, execution="streamed")
-    weights = MaskedWeights(model_directory, stack.architecture.sites(), keep, updates)
-    weights.arrange(stack.weights.layout)
-    masked = dataclasses.replace(stack, weights=weights)
+    masked = dataclasses.replace(stack, weights=MaskedWeights(stack, keep, updates))
     hidden = dense_hidden_states(masked, ids)[0, torch.from_numpy(positions)]
     head = masked.head_weight()
     chunks = [hidden @ head[start : start + VOCAB_CHUNK].float().T for start in range(0, head.shape[0], VOCAB_CHUNK)]

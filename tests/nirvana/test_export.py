@@ -84,7 +84,7 @@ def test_masking_zeroes_exactly_the_condemned(tmp_path):
     model = save_family("llama", tmp_path)
     keep = {site.name: np.arange(site.units) for site in Stack.open(model).architecture.sites()}
     keep["layers.0.kv_group"] = np.array([1])
-    weights = MaskedWeights(model, Stack.open(model).architecture.sites(), keep)
+    weights = MaskedWeights(Stack.open(model), keep)
     masked, stored = weights["model.layers.0.self_attn.q_proj.weight"], load_file(model / "model.safetensors")
     assert not masked[:16].any()  # two query heads of eight rows
     assert torch.equal(masked[16:], stored["model.layers.0.self_attn.q_proj.weight"][16:])
@@ -276,15 +276,16 @@ def test_a_compensated_checkpoint_whose_plan_does_not_say_so_is_refused(compensa
 
 def test_updates_replace_the_kept_columns(tmp_path):
     model = save_family("llama", tmp_path)
-    sites = Stack.open(model).architecture.sites()
-    keep = {site.name: np.arange(site.units) for site in sites} | {"layers.0.mlp_neuron": np.array([1, 4])}
+    dense = Stack.open(model)
+    keep = {site.name: np.arange(site.units) for site in dense.architecture.sites()}
+    keep |= {"layers.0.mlp_neuron": np.array([1, 4])}
     partly, wholly, gain = (
         "model.layers.0.mlp.down_proj.weight",
         "model.layers.1.mlp.down_proj.weight",
         "model.norm.weight",
     )
     updates = {partly: torch.full((32, 2), 7.0), wholly: torch.full((32, 48), 8.0), gain: torch.full((32,), 9.0)}
-    weights = MaskedWeights(model, sites, keep, updates)
+    weights = MaskedWeights(dense, keep, updates)
     expected = torch.zeros(32, 48)
     expected[:, [1, 4]] = 7.0
     assert torch.equal(weights[partly], expected)

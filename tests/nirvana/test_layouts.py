@@ -226,7 +226,7 @@ def test_fused_experts_are_the_same_model(experts, tmp_path):
     assert sums.keys() == others.keys() and all(torch.equal(sums[key], others[key]) for key in sums)
     keep = plan_of(model).keep
     for path in experts:
-        prune(path, plan_of(path), tmp_path / f"pruned-{path.name}")
+        prune(path, plan_of(path), tmp_path / f"pruned-{path.name}", verified=True)
     assert_same_tensors(tmp_path / "pruned-model", tmp_path / "pruned-fused")
     masked = logits_of(masked_dense(model, keep), ids)
     pruned = logits_of(load_model(tmp_path / "pruned-fused"), ids)
