@@ -9,6 +9,8 @@ from nirvana.errors import InputError
 if TYPE_CHECKING:
     from tasks.documents import Document
     from tasks.params import Params
+    from tasks.sample_pool import Encoder
+    from tasks.span_corruption import PairMaker
 
 _FIRST_LOOK = 4
 """Documents that are tried first; four times as many each time they do not suffice."""
@@ -22,28 +24,30 @@ def check_text(params: "Params", model: Path, corpus: Path) -> None:
     """
     from nirvana.architectures.registry import read_config
     from tasks.documents import read_documents
-    from tasks.sample_pool import Encoder, draw_candidates, draw_compensation, draw_heldout, split_documents
+    from tasks.sample_pool import Encoder, draw_all, split_documents
+    from tasks.span_corruption import PairMaker
 
     splits = split_documents(read_documents(corpus / "documents.jsonl"))
     encoder = Encoder.of_model(model, params.calibration.add_bos)
-    draw_candidates(params.calibration, splits["calibration"], encoder)
-    draw_heldout(params.calibration, splits["heldout"], encoder)
-    if params.compensation.method != "none":
-        draw_compensation(params, splits["calibration"], encoder, params.compensation.sequences)
-    _check_evaluation(params, splits["evaluation"], encoder.tokenizer, read_config(model))
-    _check_recovery(params, splits["calibration"], encoder, model)
+    drawn = draw_all(params, splits, encoder)
+    config = read_config(model)
+    pairs = PairMaker.of_model(encoder.tokenizer, config) if config.is_encoder_decoder else None
+    if pairs is not None:
+        for pool in drawn:  # a row tells: how many spans it has depends on its length alone
+            if pool.input_ids.size:
+                pairs(pool.input_ids[0, :1], pool.order)
+    _check_evaluation(params, splits["evaluation"], encoder.tokenizer, config)
+    _check_recovery(params, splits["calibration"], encoder, pairs)
 
 
 def _check_evaluation(params: "Params", documents: "Sequence[Document]", tokenizer: object, config: object) -> None:
-    from tasks.cloze import cloze_items
+    from tasks.cloze import check_cloze_items
     from tasks.continuation import continuation_items
     from tasks.perplexity_text import perplexity_text
 
     asked = params.evaluation
-    if not documents:
-        return  # sample_pool says so
     if "cloze" in asked.tasks:
-        _enough(documents, lambda some: cloze_items(some, asked.cloze_items))
+        check_cloze_items(documents, asked.cloze_items)
     if "continuation" in asked.tasks:
         _enough(documents, lambda some: continuation_items(some, asked.continuation_items))
     _enough(
@@ -52,13 +56,15 @@ def _check_evaluation(params: "Params", documents: "Sequence[Document]", tokeniz
     )
 
 
-def _check_recovery(params: "Params", documents: "Sequence[Document]", encoder: object, model: Path) -> None:
+def _check_recovery(
+    params: "Params", documents: "Sequence[Document]", encoder: "Encoder", pairs: "PairMaker | None"
+) -> None:
     if not params.recovery.tokens:
         return
     from tasks.recovery_text import training_text
 
     length = params.recovery.sequence_length
-    training_text(documents, encoder, None, tokens=length, length=length, seed=params.recovery.seed)  # type: ignore[arg-type]
+    training_text(documents, encoder, pairs, tokens=length, length=length, seed=params.recovery.seed)
 
 
 def _enough(documents: "Sequence[Document]", make: "Callable[[Sequence[Document]], object]") -> None:

@@ -88,6 +88,21 @@ def cloze_items(documents: Sequence[Document], count: int) -> list[dict[str, str
     return [{"context": context, "target": target, "document": document} for (context, target), document in items]
 
 
+def check_cloze_items(documents: Sequence[Document], count: int) -> None:
+    """Check that documents hold so many items, reading no further than it takes.
+
+    Raises:
+        InputError: If they do not.
+    """
+    frequent = _frequent_words(documents)  # of all: what a part of them gives, all of them may not
+    found = 0
+    for document in documents:
+        found += sum(1 for _ in _passages(document.text, frequent))
+        if found >= count:
+            return
+    cloze_items(documents, count)
+
+
 def count_cloze_items(documents: Sequence[Document]) -> int:
     """Return how many items documents hold."""
     frequent = _frequent_words(documents)

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import random
 import subprocess
 import sys
 import time
@@ -16,8 +17,10 @@ from nirvana.errors import InputError
 from tasks import check as early
 from tasks.check_model import check_model, context_tokens, shortages
 from tasks.check_text import check_text
-from tasks.documents import Document, write_documents
+from tasks.cloze import count_cloze_items
+from tasks.documents import Document, read_documents, write_documents
 from tasks.params import parse_params
+from tasks.sample_pool import split_documents
 from tasks.task_names import check_task_names
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -185,10 +188,57 @@ def test_what_the_text_does_not_give_is_named(home: Path, changes: dict, said: s
 
 
 def test_a_language_that_gives_no_items_is_told(home: Path, tmp_path: Path) -> None:
-    text = "条约规定了边界。" * 400
-    write_documents(tmp_path / "documents.jsonl", (Document(f"d{number}", text) for number in range(60)))
+    generator = random.Random(0)
+    characters = [chr(0x4E00 + number) for number in range(900)]
+    texts = ["。".join("".join(generator.choices(characters, k=8)) for _ in range(300)) for _ in range(60)]
+    write_documents(tmp_path / "documents.jsonl", (Document(f"d{number}", text) for number, text in enumerate(texts)))
     changed = params(evaluation__cloze_items=10_000)
     assert "evaluation.cloze_items" in refused(lambda: check_text(changed, home / "llama", tmp_path))
+
+
+def test_what_a_language_gives_is_counted_over_all_of_it(home: Path, tmp_path: Path) -> None:
+    """In a larger text its most frequent words are no answers: four documents may give more than sixty do."""
+    generator = random.Random(0)
+    rare = ["".join(generator.choices("bdfghklmnprst", k=9)) for _ in range(4000)]
+
+    def document(number: int) -> Document:
+        sentences = []
+        for _ in range(8):
+            filler = " ".join(generator.choices(rare, k=22))
+            sentences.append(f"Der {filler} ändert größere Grenzen.")
+        return Document(f"d{number}", " ".join(sentences))
+
+    documents = [document(number) for number in range(60)]
+    write_documents(tmp_path / "documents.jsonl", documents)
+    changed = params(evaluation__cloze_items=4)
+    evaluation = split_documents(documents)["evaluation"]
+    assert count_cloze_items(evaluation[:4]) >= 4 > count_cloze_items(evaluation)
+    assert "evaluation.cloze_items" in refused(lambda: check_text(changed, home / "llama", tmp_path))
+
+
+def test_no_document_to_evaluate_on_is_told(home: Path, tmp_path: Path) -> None:
+    texts = [file.text for file in read_documents(home / "corpus/documents.jsonl")]
+    documents = [Document(f"d{number}", text) for number, text in enumerate(texts)]
+    kept = [part for name, split in split_documents(documents).items() if name != "evaluation" for part in split]
+    write_documents(tmp_path / "documents.jsonl", kept)
+    for tasks in (["cloze"], []):
+        changed = params(evaluation__tasks=tasks)
+        assert "to evaluate on" in refused(lambda changed=changed: check_text(changed, home / "llama", tmp_path))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"calibration.sequence_length": 200, "calibration.sequences": 1},
+        {"calibration.heldout_length": 200},
+        {"evaluation.window": 200},
+        {"recovery.sequence_length": 200, "recovery.tokens": 4096},
+    ],
+)
+def test_sentinels_that_do_not_suffice_are_told(tmp_path: Path, home: Path, changes: dict) -> None:
+    tiny_t5(tmp_path / "t5", sentinels=8)
+    check_text(params(), tmp_path / "t5", home / "corpus")
+    assert "8 sentinel tokens" in refused(lambda: check_text(params(**changes), tmp_path / "t5", home / "corpus"))
 
 
 def test_task_names_are_looked_up_without_the_index() -> None:
