@@ -28,9 +28,14 @@ _FORMATS = {
     ".txt": _TEXT,
     ".text": _TEXT,
     ".md": _TEXT,
+    ".markdown": _TEXT,
+    ".rst": _TEXT,
+    ".raw": _TEXT,  # WikiText: wiki.test.raw, wiki.test.tokens
+    ".tokens": _TEXT,
     ".json": _JSON,
     ".jsonl": _JSON,
     ".ndjson": _JSON,
+    ".jsonlines": _JSON,
     ".csv": "csv",
     ".tsv": "csv",
     ".parquet": _PARQUET,
@@ -113,6 +118,11 @@ def _format(file: Path) -> str | None:
     return kind and kind.format
 
 
+def _suffix(file: Path) -> str:
+    kind = _kind(file)
+    return "".join(file.suffixes[-2:]) if kind and kind.compression else file.suffix
+
+
 def _hint(path: Path, shown: Path) -> str:
     """Say where below a directory there are files, if there are any."""
     if not path.is_dir():
@@ -144,9 +154,13 @@ def read_files(
     formats = set(map(_format, files))
     if len(formats) != 1 or None in formats:
         suffixes = sorted({"".join(file.suffixes[-2:]) or file.name for file in files})
-        raise InputError(
-            f"corpus: expected files of one format among {_KNOWN}; got {', '.join(suffixes)}; narrow corpus.source"
+        known = [suffix for suffix, format in zip(map(_suffix, files), map(_format, files), strict=True) if format]
+        remedy = (
+            f"narrow corpus.source, for example to path:{files[0].parent}/*{known[0]}"
+            if known
+            else "where it is plain text, rename it to end in .txt"
         )
+        raise InputError(f"corpus: expected files of one format among {_KNOWN}; got {', '.join(suffixes)}; {remedy}")
     if formats == {_TEXT}:
         for name, file in zip(_names(files), files, strict=True):
             yield from _text_documents(file, name, cutting)

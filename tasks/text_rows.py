@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
@@ -16,9 +17,11 @@ _MOST_CHARACTERS = 1 << 28
 """Of a row, and of a file that has to be read as a whole."""
 _BLOCK = 1 << 20
 _SHOWN_COLUMNS = 10
+_SHOWN_CHARACTERS = 40
 _SEARCHED_ROWS = 10_000  # if none of them has the column, none will
 _TOO_DEEP = "too many brackets within one another"
 _LONGEST_TOKEN = 9  # -Infinity
+_MOST_DIGITS = 4300
 _MISSING = object()
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SEPARATORS = (",", "\t", ";", "|")
@@ -58,8 +61,15 @@ def texts(rows: Iterable[Row], field: str, name: str) -> Iterator[str]:
         yield _whole_characters(text or "")
     if columns and not found:
         ordered = sorted(columns)
-        shown = ", ".join(ordered[:_SHOWN_COLUMNS]) + (", ..." if len(ordered) > _SHOWN_COLUMNS else "")
+        shown = ", ".join(map(_shortened, ordered[:_SHOWN_COLUMNS])) + (
+            ", ..." if len(ordered) > _SHOWN_COLUMNS else ""
+        )
         raise InputError(f"corpus.text_field: expected a column of {name}, got {field!r}; it has: {shown}")
+
+
+def _shortened(column: str) -> str:
+    """Return a column's name; where a file has no header, its first text stands there."""
+    return column if len(column) <= _SHOWN_CHARACTERS else f"{column[:_SHOWN_CHARACTERS]}..."
 
 
 def value_at(row: Any, field: str) -> Any:
@@ -158,10 +168,21 @@ def _line(text: IO[str], name: str, number: int) -> str:
     return line
 
 
+def _whole_number(digits: str) -> int | float:
+    return int(digits) if len(digits) < _MOST_DIGITS else float(digits)  # Python reads no more of them
+
+
+_DECODER = json.JSONDecoder(parse_int=_whole_number)
+
+
+def _loads(text: str) -> Any:
+    return _DECODER.decode(text)
+
+
 def _first_value(line: str) -> tuple[Any, str]:
     """Return what a line says; `_MISSING` if that goes on in the next one, or why it says nothing."""
     try:
-        return json.loads(line), ""
+        return _loads(line), ""
     except RecursionError:
         return _MISSING, _TOO_DEEP
     except ValueError as error:
@@ -171,7 +192,7 @@ def _first_value(line: str) -> tuple[Any, str]:
 def _parsed(text: str) -> tuple[Any, str]:
     """Return the value that a text is; `_MISSING` if it is none, and why."""
     try:
-        return json.loads(text), ""
+        return _loads(text), ""
     except RecursionError:
         return _MISSING, _TOO_DEEP
     except ValueError as error:
@@ -202,7 +223,10 @@ def _alone(value: Any, field: str, may_name_rows: bool) -> Iterator[Row]:
     """Read an object that is a whole file."""
     at = value_at(value, field)
     named = isinstance(value, dict) and value and all(isinstance(row, dict) for row in value.values())
-    if may_name_rows and named and not isinstance(at, str):
+    columns = isinstance(at, dict) and field not in at and all(isinstance(each, str | None) for each in at.values())
+    if may_name_rows and named and columns:  # as pandas writes a table
+        yield from ((f"row {key!r}", {field: each}) for key, each in at.items())
+    elif may_name_rows and named and not isinstance(at, str):
         yield from ((f"row {key!r}", row) for key, row in value.items())
     elif isinstance(at, list) and all(isinstance(each, str | None) for each in at):
         yield from ((f"row {place}", {field: each}) for place, each in enumerate(at, start=1))
@@ -212,14 +236,14 @@ def _alone(value: Any, field: str, may_name_rows: bool) -> Iterator[Row]:
 
 def _values(text: str, name: str) -> Iterator[Any]:
     """Read one JSON value after another."""
-    decoder, place = json.JSONDecoder(), 0
+    place = 0
     while True:
         while place < len(text) and text[place].isspace():
             place += 1
         if place == len(text):
             return
         try:
-            value, place = decoder.raw_decode(text, place)
+            value, place = _DECODER.raw_decode(text, place)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{name}: cannot read it as JSON ({error}); correct it or make the file whole") from None
         yield value
@@ -227,7 +251,7 @@ def _values(text: str, name: str) -> Iterator[Any]:
 
 def _members(text: IO[str], held: str, name: str) -> Iterator[Row]:
     """Read the members of a list one by one; the file may be larger than memory."""
-    decoder, place, number, block = json.JSONDecoder(), held.index("[") + 1, 1, _BLOCK
+    place, number, block = held.index("[") + 1, 1, _BLOCK
     ended = False
     while True:
         while place < len(held) and (held[place].isspace() or held[place] == ","):
@@ -237,7 +261,7 @@ def _members(text: IO[str], held: str, name: str) -> Iterator[Row]:
         problem, cut_off = "", True
         try:
             if place < len(held):
-                row, place = decoder.raw_decode(held, place)
+                row, place = _DECODER.raw_decode(held, place)
                 yield f"row {number}", row
                 number, block = number + 1, _BLOCK
                 continue
@@ -278,11 +302,19 @@ def csv_rows(text: IO[str], field: str, name: str, separator: str | None = None)
         if header is None:
             return
         rows = _csv_rows(reader, header, name)
-        head = list(itertools.islice(rows, 100))
-        _refuse_numbers([value for _, row in head if (value := row.get(field))], field, name)
+        head = []
+        for row in itertools.islice(rows, _SEARCHED_ROWS):
+            head.append(row)
+            if (value := row[1].get(field)) and _number(value) is None:
+                break
+        else:
+            _refuse_numbers([value for _, row in head if (value := row.get(field))], field, name)
         yield from itertools.chain(head, rows)
     except csv.Error as error:
-        raise InputError(f"{name}:{reader.line_num}: cannot read it as CSV ({error}); correct the row") from None
+        raise InputError(
+            f"{name}:{reader.line_num}: cannot read it as CSV ({error}); quotes within a value in quotes are doubled: "
+            "correct the row"
+        ) from None
 
 
 def _csv_rows(reader: Any, header: list[str], name: str) -> Iterator[Row]:
@@ -297,16 +329,17 @@ def _csv_rows(reader: Any, header: list[str], name: str) -> Iterator[Row]:
         yield f"line {reader.line_num}", dict(zip(header, values, strict=False))
 
 
+def _number(value: str) -> float | None:
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
 def _refuse_numbers(values: list[str], field: str, name: str) -> None:
-    """Refuse a column of numbers, which another one was meant for."""
-    for kind in (int, float):
-        try:
-            for value in values:
-                kind(value)
-        except ValueError:
-            continue
-        if values:
-            raise InputError(
-                f"corpus.text_field: expected a column of text, {field!r} holds {kind.__name__} in {name}; "
-                "choose another column"
-            )
+    """Refuse a column of numbers, which another one was meant for; NaN and infinity may be words."""
+    if any(math.isfinite(float(value)) for value in values):
+        kind = "int" if all(value.strip().lstrip("+-").isdigit() for value in values) else "float"
+        raise InputError(
+            f"corpus.text_field: expected a column of text, {field!r} holds {kind} in {name}; choose another column"
+        )

@@ -273,3 +273,60 @@ def test_any_rows_give_their_text_or_a_reason(rows, indent):
     expected = [row.get("text") for row in rows]
     if all(each is None or isinstance(each, str) for each in expected) and any("text" in row for row in rows):
         assert found[1] == [each or "" for each in expected]
+
+
+def texts_of(file: Path, field: str = "text") -> list[str]:
+    return [document.text for document in read_files([file], field)]
+
+
+@pytest.mark.parametrize("value", ["1984", "NaN", "-Infinity"])
+def test_csv_rows_that_look_like_numbers_make_no_column_of_numbers(tmp_path: Path, value: str) -> None:
+    rows = [value] * 150 + ["The river divides the nation."]
+    (tmp_path / "a.csv").write_text("id,text\n" + "".join(f"{number},{row}\n" for number, row in enumerate(rows)))
+    assert texts_of(tmp_path / "a.csv") == rows
+
+
+def test_a_csv_column_of_numbers_with_gaps_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,id\nx,NaN\ny,1.5\nz,\nw,3\n")
+    with pytest.raises(InputError, match="'id' holds float"):
+        texts_of(tmp_path / "a.csv", "id")
+
+
+def test_numbers_of_any_length_in_other_columns_do_not_matter(tmp_path: Path) -> None:
+    digits = "9" * 5000
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "one", "n": {digits}}}\n{{"text": "two", "n": -{digits}}}\n')
+    assert texts_of(tmp_path / "a.jsonl") == ["one", "two"]
+    (tmp_path / "b.json").write_text(f'[{{"text": "one", "n": {digits}}}]')
+    assert texts_of(tmp_path / "b.json") == ["one"]
+    with pytest.raises(InputError, match="'n' holds float"):
+        texts_of(tmp_path / "a.jsonl", "n")
+
+
+def test_a_table_that_pandas_wrote_by_columns_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"id": {"0": 5, "1": 6}, "text": {"0": "one", "1": null}}')
+    assert texts_of(tmp_path / "a.json") == ["one", ""]
+    # rows by name, one of which is called as the column is
+    (tmp_path / "b.json").write_text('{"text": {"text": "one"}, "other": {"text": "two"}}')
+    assert texts_of(tmp_path / "b.json") == ["one", "two"]
+
+
+def test_a_file_without_header_is_told_in_a_short_line(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("".join(f"{number},{'word ' * 3000}\n" for number in range(3)))
+    with pytest.raises(InputError, match="it has: 0, word") as caught:
+        texts_of(tmp_path / "a.csv")
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["wiki.test.raw", "wiki.train.tokens", "notes.markdown", "page.rst"])
+def test_plain_text_by_other_names_is_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("The river divides the nation.")
+    assert texts_of(tmp_path / name) == ["The river divides the nation."]
+
+
+def test_the_way_out_of_an_unknown_or_mixed_format_is_named(tmp_path: Path) -> None:
+    for name in ("book", "a.txt", "b.jsonl"):
+        (tmp_path / name).write_text("text")
+    with pytest.raises(InputError, match=r"got book; where it is plain text, rename it to end in \.txt"):
+        texts_of(tmp_path / "book")
+    with pytest.raises(InputError, match=r"for example to path:.*/\*\.txt"):
+        list(read_files([tmp_path / "a.txt", tmp_path / "b.jsonl"], "text"))
