@@ -46,7 +46,7 @@ def config_values(model_directory: Path | str) -> dict[str, Any]:
         if key in content:
             raise InputError(
                 f"{path}: expected no key {key}, which would load other files than the model's own; "
-                "remove it if you trust the model"
+                "leave it out if you trust the model"
             )
     return normalised(content)
 

@@ -221,7 +221,7 @@ def followed(path: Path | str, root: Path | str) -> Path:
             f"{path}: expected a file, got a link that leads nowhere or nothing at all; put the file in its place"
         ) from error
     if not file.is_file():
-        raise InputError(f"{path}: expected a regular file, got something else; remove it from the directory")
+        raise InputError(f"{path}: expected a regular file, got something else; keep it out of the directory")
     if not file.is_relative_to(directory) and file.parent != _blobs_of(directory):
         raise InputError(
             f"{path}: expected a file of this directory, got a link to a file outside it; "

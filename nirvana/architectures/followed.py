@@ -44,7 +44,7 @@ def check_generic(config: PretrainedConfig, model_type: str, is_encoder_decoder:
     if bool(config.is_encoder_decoder) != is_encoder_decoder:
         raise InputError(
             f"config.json: expected is_encoder_decoder: {str(is_encoder_decoder).lower()} for {model_type}, "
-            f"got {json_of(config.is_encoder_decoder)}; set it so, or remove the key"
+            f"got {json_of(config.is_encoder_decoder)}; set it so, or leave the key out"
         )
     if not config.return_dict:
         raise InputError(

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -227,11 +228,14 @@ def test_apply_rebuilds_the_same_bytes(model, tmp_path_factory, seed, share):
 
 
 def test_a_linked_model_gives_the_same_bytes(plan, model, tmp_path):
-    """Hugging Face's cache holds links to files elsewhere."""
-    (tmp_path / "linked").mkdir()
+    """A snapshot in Hugging Face's cache holds links to its blobs."""
+    repository = tmp_path / "models--acme--tiny"
+    snapshot = repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(model, repository / "blobs")
     for file in model.iterdir():
-        (tmp_path / "linked" / file.name).symlink_to(file)
-    for name, source in (("a", model), ("b", tmp_path / "linked")):
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    for name, source in (("a", model), ("b", snapshot)):
         assert run("plan", "apply", plan, source, "--to", tmp_path / name).exit_code == 0
     assert sha256_directory(tmp_path / "a") == sha256_directory(tmp_path / "b")
 

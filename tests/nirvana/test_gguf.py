@@ -15,6 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nirvana.checkpoint import export_gguf, llama_cpp
+from nirvana.checkpoint.digests import DIGESTS_NAME
 from nirvana.checkpoint.export import Options, export_checkpoint
 from nirvana.checkpoint.export_gguf import to_halves, to_neighbours
 from nirvana.checkpoint.gguf_tokenizer import describe_tokenizer
@@ -274,6 +275,7 @@ def test_llama_cpp_cuts_text_like_the_tokenizer(pre, tmp_path):
     tokenizer = trained(cut, tmp_path, ignore_merges=pre in ("llama-bpe", "tekken"))
     for name in ("dense", "pruned"):
         tokenizer.save_pretrained(root / name)
+    (root / "pruned" / DIGESTS_NAME).unlink()
     file = file_of(gguf_export(root))
     assert fields_of(file)["tokenizer.ggml.pre"] == pre
     for text in (TEXT, PROSE):

@@ -158,8 +158,8 @@ def attention_cases(family):
     mixed = [SLIDING, FULL, SLIDING]
     chunked = {"layer_types": [FULL, "chunked_attention", FULL], "attention_chunk_size": 4, "sliding_window": None}
     if family == "mistral":  # transformers reads it as another family
-        yield Case(family, "layer_types.mixed", {"layer_types": mixed, "sliding_window": 6}, "ministral")
-        yield Case(family, "layer_types.chunked", chunked, "ministral")
+        yield Case(family, "layer_types.mixed", {"layer_types": mixed, "sliding_window": 6}, "layer_types")
+        yield Case(family, "layer_types.chunked", chunked, "layer_types")
     else:
         yield Case(family, "layer_types.chunked", chunked, "layer_types")
         switched = {"use_sliding_window": False} if family.startswith("qwen") else {}

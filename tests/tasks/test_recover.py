@@ -282,7 +282,7 @@ def test_a_directory_that_does_not_say_what_it_holds_is_refused(tmp_path):
 
 def test_nothing_is_left_of_a_run_that_fails(inputs, tmp_path):
     with pytest.raises(InputError, match="expected a finite loss"):
-        run_step(inputs, tmp_path / "outputs", learning_rate=1e30)
+        run_step(inputs, tmp_path / "outputs", learning_rate=10.0)
     assert content(tmp_path / "outputs") == {}
 
 
