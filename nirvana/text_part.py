@@ -17,29 +17,16 @@ from transformers import PretrainedConfig
 from nirvana.architectures.architecture import Architecture
 from nirvana.architectures.registry import FAMILIES, architecture_for, check_supported, read_config
 from nirvana.architectures.wrappers import COMPARED, text_config, text_family
+from nirvana.checkpoint.companions import copy_companions
 from nirvana.checkpoint.safetensors_stream import stream_safetensors
 from nirvana.config_values import check_padding, config_values
 from nirvana.directory_kind import refuse_adapter
 from nirvana.errors import InputError
-from nirvana.files import atomic_directory, copy_regular, write_json
+from nirvana.files import atomic_directory, write_json
 from nirvana.layout import Layout, check_parameters, has_layer, layout_of
 from nirvana.weights import INDEX_NAME, WEIGHTS_NAME, WeightFiles
 
 _LOG = logging.getLogger(__name__)
-_TEXT_FILES = (
-    "tokenizer*",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
 
 
 def holds_text_part(config: PretrainedConfig) -> bool:
@@ -151,8 +138,5 @@ def write_text_part(
     model = PlainModel.open(source)
     with atomic_directory(target) as temporary:
         model.write(temporary, on_tensor)
-        for pattern in _TEXT_FILES:
-            for file in sorted(source.glob(pattern)):
-                if file.is_file():
-                    copy_regular(file, temporary / file.name, source)
+        copy_companions(source, temporary)
     _LOG.info("the %s model of %s is in %s", model.architecture.model_type, source, target)

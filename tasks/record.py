@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from nirvana.errors import InputError
 from nirvana.files import read_json, write_json
 from tasks.mlflow_names import LONGEST_SOURCE, LONGEST_TAG, NAMES_AT_ONCE, fit_names, fit_value
-from tasks.mlflow_store import is_reachable_default, open_store, public_uri
+from tasks.mlflow_store import is_reachable_default, open_store, public_uri, store_fault, stored_values
 from tasks.params import in_words_of_the_preset
 from tasks.redaction import redact
 
@@ -52,6 +52,7 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
     stages = read_lock()
     digest = experiment_digest(stages)
     with open_store() as (client, experiment_id):
+        _drop_damaged(client)
         run_id, is_new = _find_or_create(client, experiment_id, digest, inputs)
         _log_parameters(client, run_id, in_words_of_the_preset(parameters(stages)))
         _log_metrics(client, run_id, inputs)
@@ -68,6 +69,7 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
             "experiment_id": experiment_id,
             "tracking_uri": public_uri(),
             "experiment_digest": digest,
+            "stored": stored_values(run_id),
         },
     )
     logger.info("%s MLflow run %s at %s", "created" if is_new else "updated", run_id, public_uri())
@@ -125,9 +127,34 @@ def is_recorded(root: Path | str = ".") -> bool:
         found = read_json(Path(root) / RUN_FILE)
         digest = experiment_digest(read_lock(Path(root) / LOCK))
         same = (found["experiment_digest"], found["tracking_uri"]) == (digest, public_uri())
+        return same and is_reachable_default() and _is_as_recorded(found)
     except (LookupError, TypeError, ValueError, AttributeError, OSError):  # another form than we write, or none
         return False
-    return same and is_reachable_default()
+
+
+def _is_as_recorded(found: Mapping[str, Any]) -> bool:
+    """Return whether the default store still holds what was recorded; another store looks after itself."""
+    stored = found.get("stored")
+    return stored == _stored_now(found) and (stored is None or store_fault() is None)
+
+
+def _stored_now(found: Mapping[str, Any]) -> dict[str, Any] | None:
+    return stored_values(found.get("run_id", ""), found["stored"]["until"] if found.get("stored") else None)
+
+
+def _drop_damaged(client: "MlflowClient") -> None:
+    """Move a run whose parameters, metrics or digest are not what was recorded to the deleted ones of the store."""
+    with suppress(InputError, KeyError, TypeError):
+        found = read_json(RUN_FILE)
+        if found["tracking_uri"] != public_uri() or not found.get("stored"):
+            return
+        now = _stored_now(found)
+        if not now or now == found["stored"]:  # cannot be read just now, or is as it was
+            return
+        run_id = found["run_id"]
+        for run in client.search_runs([found["experiment_id"]], f"attributes.run_id = '{run_id}'", max_results=1):
+            logger.warning("MLflow run %s is not what was recorded: damaged or edited; recorded anew", run.info.run_id)
+            client.delete_run(run_id)
 
 
 def record_failure(error: str, step: str, log: Path | None = None) -> str:

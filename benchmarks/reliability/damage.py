@@ -47,7 +47,8 @@ class Case:
     Attributes:
         name: Says what is damaged, and how.
         damage: Does it.
-        until: The last step of the run after it.
+        first: The first step of the run after it.
+        until: The last.
         prefect: Whether that is the flow under Prefect.
         changed: Whether the pruning ratio changes too.
         alone: Whether it has a run of its own; else it may share one with damages to other files.
@@ -55,6 +56,7 @@ class Case:
 
     name: str
     damage: Damage
+    first: str = STEPS[0].name
     until: str = STEPS[-1].name
     prefect: bool = False
     changed: bool = False
@@ -185,21 +187,21 @@ def cases() -> Iterator[Case]:
         yield Case(f"flip dvc.lock ({number + 1})", _in_place(flip, "dvc.lock"))
     for damage in (cut, empty, garbage):
         yield Case(f"{damage.__name__} dvc.lock", _in_place(damage, "dvc.lock"))
-    yield Case("flip DVC's run-cache, no dvc.lock", lambda path, generator: _run_cache(path, generator, flip))
-    yield Case("cut DVC's run-cache, no dvc.lock", lambda path, generator: _run_cache(path, generator, cut))
+    for damage in (flip, cut):  # every step is computed again
+        yield Case(f"{damage.__name__} DVC's run-cache, no dvc.lock", _run_cache(damage), until="sample_pool")
     yield Case("half a .dvc/tmp/rwlock", lambda path, _: _overwrite(path / ".dvc/tmp/rwlock", b'{"write": {'))
     for name in (".dvc/tmp/rwlock", ".dvc/tmp/lock", ".cache/steps/prune.json", ".cache/verified.json"):
         yield Case(f"garbage {name}", _in_place(garbage, name))
     yield Case("flip .cache/verified.json", _in_place(flip, ".cache/verified.json"))
     for damage in (flip, first_page, cut, empty, garbage, foreign):
         yield Case(f"{damage.__name__} DVC's database of hashes", _of_hashes(damage))
-    yield Case("garbage reports/mlflow_run.json", _in_place(garbage, MEASURED[2]))
+    yield Case("garbage reports/mlflow_run.json", _in_place(garbage, MEASURED[2]), first="record")
     for damage in (first_page, cut, empty, garbage, foreign):
-        yield Case(f"{damage.__name__} mlflow.db", _in_place(damage, "mlflow.db"))
+        yield Case(f"{damage.__name__} mlflow.db", _in_place(damage, "mlflow.db"), first="record")
     for what in ("metric", "parameter", "tag"):
-        yield Case(f"flip a {what} in mlflow.db", _of_value(what))
+        yield Case(f"flip a {what} in mlflow.db", _of_value(what), first="record")
     for number in range(3):
-        yield Case(f"flip mlflow.db ({number + 1})", _in_place(flip, "mlflow.db"))
+        yield Case(f"flip mlflow.db ({number + 1})", _in_place(flip, "mlflow.db"), first="record")
     for damage in (flip, first_page, cut, garbage, foreign):
         yield Case(f"{damage.__name__} prefect.db", _in_place(damage, ".prefect/prefect.db"), prefect=True)
 
@@ -235,10 +237,13 @@ def _linked(path: Path, generator: random.Random) -> None:
     flip(file, generator)
 
 
-def _run_cache(path: Path, generator: random.Random, damage: Damage) -> None:
-    for file in sorted((path / ".dvc/cache/runs").glob("*/*/*")):
-        damage(file, generator)
-    (path / "dvc.lock").unlink()
+def _run_cache(damage: Damage) -> Damage:
+    def apply(path: Path, generator: random.Random) -> None:
+        for file in sorted((path / ".dvc/cache/runs").glob("*/*/*")):
+            damage(file, generator)
+        (path / "dvc.lock").unlink()
+
+    return apply
 
 
 _STORED = {
@@ -330,7 +335,7 @@ def judge_whole(finished: Path, path: Path, status: int, said: str, until: str) 
     if wrong := measured_as_locked(path):
         return f"WRONG: {', '.join(wrong)} differ from dvc.lock"
     if "not recorded: MLflow" in said:
-        wrong = differing(finished, path, "report")
+        wrong = [each for each in differing(finished, path, "report") if not each.startswith(MEASURED[2])]
         return outcome if not wrong else f"WRONG: {', '.join(wrong)}"
     wrong = differing(finished, path)
     return f"WRONG: {', '.join(wrong[:4])}" if wrong else outcome
@@ -363,13 +368,14 @@ def try_cases(tried: list[Case], reference: Path, finished: Path, path: Path, se
         seed: Of bits and cuts.
     """
     copy_checkout(finished, path)
-    get_known(path)
+    if tried[0].first == STEPS[0].name:
+        get_known(path)
     for case in tried:
         case.damage(path, random.Random(f"{seed} {case.name}"))  # noqa: S311
     first = tried[0]
     if first.changed:
         change_ratio(path)
-    status, said = finish(path, first.until, first.prefect)
+    status, said = finish(path, first.until, first.prefect, first.first)
     outcome = judge_whole(reference, path, status, said, first.until)
     if len(tried) == 1:
         return {first.name: outcome}

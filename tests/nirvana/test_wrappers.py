@@ -110,8 +110,13 @@ def test_a_text_part_that_lacks_or_has_other_tensors_is_refused(tmp_path):
 def test_text_part_is_pruned_like_any_model(tmp_path):
     whole = save_wrapper("gemma3", tmp_path / "whole")
     tiny_tokenizer().save_pretrained(whole)
+    beside = {"License.txt", "COPYING", "spm.spm", "encoder.json", "additional_chat_templates/tool_use.jinja"}
+    (whole / "additional_chat_templates").mkdir()
+    for name in beside:
+        (whole / name).write_text("{}")
     write_text_part(whole, tmp_path / "text")
-    assert (tmp_path / "text" / "tokenizer.json").is_file()
+    written = {file.relative_to(tmp_path / "text").as_posix() for file in (tmp_path / "text").rglob("*")}
+    assert written >= beside | {"tokenizer.json"}
     stack = Stack.open(tmp_path / "text")
     sites = stack.architecture.sites()
     plan = Plan.build(

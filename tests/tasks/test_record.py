@@ -6,6 +6,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from toy import command, commit, dvc, toy_checkout
 
 from nirvana.errors import InputError
 from tasks import record
+from tasks.integrity import note_outputs
 from tasks.mlflow_store import history_root, public_uri
 
 DIGEST = "nirvana.experiment_digest"
@@ -93,17 +95,19 @@ def test_recording_twice_is_recording_once(checkout: Path, client) -> None:
 
 
 @pytest.mark.slow
-def test_a_new_measurement_updates_the_same_run(checkout: Path, client) -> None:
+def test_a_new_measurement_updates_the_same_run(checkout: Path, client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkout)
     before = run_of(client, checkout)
     file = checkout / "reports/benchmark.json"
     measured = json.loads(file.read_text())
     measured["pruned"]["decode_tokens_per_second"] = 77.0
-    file.unlink()  # a link to DVC's cache: never write through it
     file.write_text(json.dumps(measured))
+    note_outputs([file.relative_to(checkout)])  # as `python -m tasks benchmark` does
     record_again(checkout)
     after = run_of(client, checkout)
     assert after.info.run_id == before.info.run_id
     assert after.data.metrics["benchmark.pruned.decode_tokens_per_second"] == 77.0
+    assert record.is_recorded()
     dvc(checkout, "checkout", "--force")
 
 
@@ -138,16 +142,19 @@ def test_an_unreachable_server_is_one_line_within_seconds(checkout: Path) -> Non
 
 
 @pytest.mark.slow
-def test_names_that_mlflow_refuses_are_made_fit_and_no_metric_is_lost(checkout: Path, tmp_path: Path) -> None:
+def test_names_that_mlflow_refuses_are_made_fit_and_no_metric_is_lost(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Five tasks of lm-eval have parentheses; two may differ in nothing else."""
+    monkeypatch.chdir(checkout)
     file = checkout / "reports/evaluation.json"
     kept = file.read_bytes()
     said = json.loads(kept)
     names = ["egymmlu_arabic (Egypt)", "egymmlu_arabic [Egypt]", "egymmlu_arabic _Egypt_", "50%", "a//b", "x" * 300]
     for number, name in enumerate(names):
         said["tasks"][name] = {"metric": "acc", "value": number / 10, "stderr": None, "items": 9}
-    file.unlink()  # a link to DVC's cache: never write through it
     file.write_text(json.dumps(said))
+    note_outputs([file.relative_to(checkout)])  # as `python -m tasks evaluate` does
     database = tmp_path / "names.db"
     mlflow_run = (checkout / "reports/mlflow_run.json").read_bytes()
     record_again(checkout, MLFLOW_TRACKING_URI=f"sqlite:///{database}")
@@ -164,23 +171,76 @@ def test_names_that_mlflow_refuses_are_made_fit_and_no_metric_is_lost(checkout: 
 
 
 @pytest.mark.slow
-def test_a_damaged_database_is_named_with_a_remedy_that_works(checkout: Path) -> None:
-    database = checkout / "mlflow.db"
+def test_a_damaged_database_is_named_with_a_remedy_that_works(checkout: Path, tmp_path: Path) -> None:
+    path = tmp_path / "checkout"
+    command(tmp_path, "cp", "-a", str(checkout), str(path))
+    database = path / "mlflow.db"
     kept = database.read_bytes()
     for damaged in (kept[: len(kept) // 2], b"no database\n" * 100):
         database.write_bytes(damaged)
         start = time.monotonic()
-        done = command(checkout, sys.executable, "-m", "tasks", "record", check=False)
+        done = command(path, sys.executable, "-m", "tasks", "record", check=False)
         assert (done.returncode, "Traceback" in done.stderr) == (2, False)
         assert time.monotonic() - start < 20
         assert "error: MLflow's database mlflow.db: expected one that can be written to, got" in done.stderr
         remedy = re.search(r"\((mv [^)]*)\)", done.stderr)[1]
-        command(checkout, *remedy.split())
-        record_again(checkout)
-        assert (checkout / "mlflow.db.damaged").read_bytes() == damaged
+        command(path, *remedy.split())
+        record_again(path)
+        assert (path / "mlflow.db.damaged").read_bytes() == damaged
     with sqlite3.connect(database) as stored:
         assert stored.execute("SELECT count(*) FROM runs WHERE status = 'FINISHED'").fetchone() == (1,)
-    database.write_bytes(kept)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flipped",
+    [
+        "metrics SET value = value * 2 WHERE key = 'evaluation.token_perplexity'",
+        "latest_metrics SET value = value * 2 WHERE key = 'evaluation.token_perplexity'",
+        "params SET value = '3.37' WHERE key = 'allocation.gamma'",
+        "tags SET value = '0' WHERE key = 'nirvana.experiment_digest'",
+    ],
+    ids=lambda statement: statement.split()[0],
+)
+def test_a_value_that_changed_in_the_database_is_recorded_anew(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flipped: str
+) -> None:
+    """SQLite has no checksums: a flipped bit is another number, and no check of the database finds it."""
+    path = tmp_path / "checkout"
+    command(tmp_path, "cp", "-a", str(checkout), str(path))
+    monkeypatch.chdir(path)
+
+    def held() -> list[tuple[dict, dict]]:
+        """Parameters and metrics, less the measured ones, of each run that is not deleted."""
+        with closing(sqlite3.connect("mlflow.db")) as database:
+            runs = database.execute("SELECT run_uuid FROM runs WHERE lifecycle_stage = 'active'").fetchall()
+            asked = "SELECT key, value FROM {} WHERE run_uuid = ? AND key NOT LIKE 'benchmark.%'"
+            return [
+                tuple(dict(database.execute(asked.format(name), run)) for name in ("params", "latest_metrics"))
+                for run in runs
+            ]
+
+    before = held()
+    assert len(before) == 1 and record.is_recorded()
+    with closing(sqlite3.connect("mlflow.db")) as database:
+        assert database.execute(f"UPDATE {flipped}").rowcount > 0
+        database.commit()
+    assert not record.is_recorded()
+    record_again(path)
+    assert held() == before and record.is_recorded()
+    assert "is not what was recorded: damaged or edited; recorded anew" in Path(".cache/steps/record.log").read_text()
+
+
+@pytest.mark.slow
+def test_what_a_user_adds_to_a_run_is_no_damage(checkout: Path, client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkout)
+    run_id = run_of(client, checkout).info.run_id
+    client.log_metric(run_id, "a_users_own", 1.0)
+    client.set_tag(run_id, "mlflow.note.content", "the good one")
+    assert record.is_recorded()
+    (checkout / "mlflow.db").rename(checkout / "kept.db")
+    assert not record.is_recorded()
+    (checkout / "kept.db").rename(checkout / "mlflow.db")
 
 
 @pytest.mark.slow
