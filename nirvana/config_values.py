@@ -23,6 +23,8 @@ _ROPE_TYPES = {
     "mrope": "default",  # positions in time, height and width are one and the same where all there is is text
 }
 _ROPE_KEYS = ("rope_scaling", "rope_parameters")
+# Which kernels compute: no property of a model, and those that its author had (flash_attention_2) may not be here.
+_KERNELS = ("_attn_implementation", "attn_implementation", "_experts_implementation", "experts_implementation")
 
 
 def config_values(model_directory: Path | str) -> dict[str, Any]:
@@ -59,6 +61,8 @@ def normalised(content: dict[str, Any]) -> dict[str, Any]:
             for key in ("rope_type", "type"):
                 if isinstance(rope.get(key), str):
                     rope[key] = _ROPE_TYPES.get(rope[key], rope[key])
+        for key in _KERNELS:
+            part.pop(key, None)
         pad = part.get("pad_token_id")
         if type(pad) is int and pad < 0:  # how early configurations say that there is none
             part["pad_token_id"] = None

@@ -24,6 +24,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from nirvana.architectures.registry import FAMILIES, describe
 from nirvana.checkpoint.export import export_checkpoint
 from nirvana.checkpoint.parity import masked_logits
+from nirvana.config_values import config_values
 from nirvana.directory_kind import kind_of_directory
 from nirvana.divergence import dense_hidden_states
 from nirvana.errors import InputError
@@ -523,3 +524,13 @@ def test_a_padding_token_that_only_the_class_assumes_is_none(tmp_path):
     prune(model, plan_of(model), tmp_path / "pruned")
     assert json.loads((tmp_path / "pruned" / "config.json").read_text())["pad_token_id"] is None
     load_model(tmp_path / "pruned")
+
+
+def test_kernels_of_the_author_are_no_property_of_the_model(tmp_path):
+    """flash_attention_2 in config.json needs a package and a GPU that nobody else may have."""
+    model = save_family("llama", tmp_path / "dense")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"_attn_implementation": "flash_attention_2"}))
+    stack = Stack.open(model)
+    assert stack.architecture.config._attn_implementation == "sdpa"
+    assert "flash_attention_2" not in json.dumps(config_values(model))
