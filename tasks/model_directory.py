@@ -7,7 +7,6 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from nirvana.checkpoint.prose import PROSE
 from nirvana.errors import InputError
 from nirvana.files import read_json
 from nirvana.weight_names import INDEX_NAME, WEIGHTS_NAME
@@ -122,10 +121,40 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
     return read_tokenizer(directory, trust_remote_code)
 
 
-def tokens_of(directory: Path) -> list[int]:
-    """Return the token ids of a page of prose, as the tokenizer of a directory has them."""
-    ids: list[int] = load_tokenizer(directory)(PROSE)["input_ids"]
-    return ids
+def readings(directory: Path) -> Any:
+    """Return the tokenizer of a directory, or the error that holds both where there are two."""
+    from nirvana.checkpoint.tokenizer import TwoReadingsError
+
+    try:
+        return load_tokenizer(directory)
+    except TwoReadingsError as error:
+        return error
+
+
+def reads_alike(known: Any, text_part: Path) -> bool:
+    """Tell whether a text part reads text as the model around it; of two readings the wrapper's is noted there.
+
+    transformers takes a class by model type, and the text part has another. Where the wrapper itself has two readings
+    the text part has the same two, and which of them counts is for `settle_reading`.
+
+    Args:
+        known: What `readings` returned for the wrapper.
+        text_part: Holds the same tokenizer files.
+    """
+    from nirvana.checkpoint.reading import choose
+    from nirvana.checkpoint.tokenizer import TwoReadingsError
+    from nirvana.checkpoint.tokenizer_page import ORDINARY, first_difference
+
+    found = readings(text_part)
+    if not isinstance(found, TwoReadingsError):
+        return not isinstance(known, TwoReadingsError) and first_difference(known, found, ORDINARY) is None
+    both = found.readings
+    if isinstance(known, TwoReadingsError):
+        return all(first_difference(known.readings[name], both[name], ORDINARY) is None for name in both)
+    alike = [name for name in both if first_difference(known, both[name], ORDINARY) is None]
+    if alike:
+        choose(text_part, alike[0])
+    return bool(alike)
 
 
 def settle_reading(directory: Path, asked: str | None) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers.utils import logging
 
 from nirvana.architectures import family_names
 from nirvana.architectures.architecture import Architecture
@@ -173,4 +174,9 @@ def _is_known(model_type: str) -> bool:
 
 
 def _config_of(values: dict[str, Any]) -> PretrainedConfig:
-    return CONFIG_MAPPING[values["model_type"]].from_dict(copy.deepcopy(values))
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # it prints the whole configuration where a value is odd; we say which
+    try:
+        return CONFIG_MAPPING[values["model_type"]].from_dict(copy.deepcopy(values))
+    finally:
+        logging.set_verbosity(before)

@@ -534,3 +534,12 @@ def test_kernels_of_the_author_are_no_property_of_the_model(tmp_path):
     stack = Stack.open(model)
     assert stack.architecture.config._attn_implementation == "sdpa"
     assert "flash_attention_2" not in json.dumps(config_values(model))
+
+
+def test_an_odd_value_is_named_without_pages_of_configuration(tmp_path, caplog, capfd):
+    model = save_family("llama", tmp_path / "model")
+    capfd.readouterr()
+    change_config(model, use_return_dict=True)
+    with pytest.raises(InputError, match="correct use_return_dict there"):
+        describe(model)
+    assert not caplog.text and capfd.readouterr().err == ""

@@ -17,9 +17,9 @@ from tasks.fetch_model import run
 ROOT = Path(__file__).parents[2]
 
 
-def fetch(source: str, target: Path, trust_remote_code: bool = False) -> Path:
-    params = SimpleNamespace(model=SimpleNamespace(source=source, trust_remote_code=trust_remote_code))
-    run(params, {}, {"model": target})
+def fetch(source: str, target: Path, trust_remote_code: bool = False, tokenizer: str | None = None) -> Path:
+    model = SimpleNamespace(source=source, trust_remote_code=trust_remote_code, tokenizer=tokenizer)
+    run(SimpleNamespace(model=model), {}, {"model": target})
     return target
 
 
@@ -123,7 +123,7 @@ def test_default_source_becomes_a_model_that_speaks(tmp_path):
     code = (
         "import sys; from pathlib import Path; from types import SimpleNamespace as N;"
         "from tasks.fetch_model import run;"
-        "run(N(model=N(source=sys.argv[1], trust_remote_code=False)), {}, {'model': Path('model')})"
+        "run(N(model=N(source=sys.argv[1], trust_remote_code=False, tokenizer=None)), {}, {'model': Path('model')})"
     )
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}", source],
@@ -333,3 +333,33 @@ def test_the_text_part_of_a_wrapper_is_taken_out(name, tmp_path, caplog):
     with torch.no_grad():
         expected = AutoModelForImageTextToText.from_pretrained(whole)(input_ids=ids).logits
         assert torch.equal(AutoModelForCausalLM.from_pretrained(fetched)(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name", "asked", "noted"),
+    [
+        ("qwen2_5_vl", "Qwen2Tokenizer", None, ("file", "class")),  # whichever the model tells
+        ("qwen2_5_vl", "Qwen2Tokenizer", "file", ("file",)),
+        ("internvl", None, "class", ("class",)),
+        ("llava_onevision", None, None, ("file",)),  # as transformers reads the wrapper
+        ("llava", "LlamaTokenizerFast", None, (None,)),
+    ],
+)
+def test_a_wrappers_tokenizer_of_two_readings_is_settled(name, class_name, asked, noted, tmp_path):
+    from tokenizer_files import byte_level
+    from transformers import AutoTokenizer
+    from wrappers import save_wrapper
+
+    from nirvana.checkpoint.tokenizer import read_tokenizer
+
+    whole = byte_level(save_wrapper(name, tmp_path / "whole"), class_name)
+    fetched = fetch(f"path:{whole}", tmp_path / "out", tokenizer=asked)
+    assert json.loads((fetched / "tokenizer_config.json").read_text()).get("nirvana_reading") in noted
+    if noted == ("file",) and asked is None:
+        text = "In 1984, 12345 people"
+        assert read_tokenizer(fetched)(text)["input_ids"] == AutoTokenizer.from_pretrained(whole)(text)["input_ids"]
+
+
+def test_a_file_in_place_of_its_directory_names_the_directory(model, tmp_path):
+    with pytest.raises(InputError, match=re.escape(f"name the directory that it is in, path:{model}")):
+        fetch(f"path:{model / 'config.json'}", tmp_path / "out")
