@@ -176,7 +176,7 @@ STEPS = (collect_gradients, allocate, score_pool, prune, evaluate)
 
 def measure(name: str, directory: Path) -> list[Measurement]:
     """Return what each step took of the shape's model, beside what was predicted."""
-    from nirvana.estimate import Workload, estimate
+    from nirvana.estimate.steps import Workload, estimate
 
     start = time.perf_counter()
     write_random_model(SHAPES[name], directory / "model")

@@ -25,15 +25,15 @@ def measure(model: Path, ids: Path, limits: dict[float, float] | None = None) ->
 
     Args:
         model: The dense model.
-        ids: Directory of token ids, see `tasks.studies.texts.texts_of_ids`; compensation has all of them that
+        ids: Directory of token ids, see `studies.texts.texts_of_ids`; compensation has all of them that
             calibration may use, and what the model writes.
         limits: By ratio.
     """
     import numpy as np
 
+    from studies.comparison import Comparison
+    from studies.texts import texts_of_ids, with_generated
     from tasks.params import PRESETS
-    from tasks.studies.comparison import Comparison
-    from tasks.studies.texts import texts_of_ids, with_generated
 
     texts = with_generated(texts_of_ids(ids), model, PRESETS["best"]["compensation.self_generated"])
     comparison = Comparison(model, texts, ridge=RIDGE)

@@ -23,7 +23,7 @@ from demos.t5_training import RECORD, Recipe, train_t5
 from flows.summary import StepResult, print_summary
 from nirvana.errors import InputError
 from nirvana.files import atomic_file, read_json
-from tasks.documents import read_documents
+from tasks.corpus.documents import read_documents
 from tasks.params import load_params
 from tasks.registry import STEPS
 from tasks.sample_pool import split_documents

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from nirvana.files import atomic_directory, write_json
-from tasks.span_corruption import PairMaker, Pairs
+from tasks.corpus.span_corruption import PairMaker, Pairs
 
 _LOG = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ def alignment(asked: Asked, changed: dict[str, Any]) -> Outcome:
 
     Args:
         asked: What the command line says.
-        changed: Fields of `tasks.studies.sweep.alignment.Settings` that are not the default.
+        changed: Fields of `studies.sweep.alignment.Settings` that are not the default.
     """
     return sweep("alignment", asked, changed)
 

@@ -35,7 +35,7 @@ def attention_factor(asked: Asked, changed: dict[str, Any]) -> Outcome:
 
     Args:
         asked: What the command line says.
-        changed: Fields of `tasks.studies.sweep.attention_factor.Settings` that are not the default.
+        changed: Fields of `studies.sweep.attention_factor.Settings` that are not the default.
     """
     return sweep("attention_factor", asked, changed)
 

@@ -50,7 +50,7 @@ def prepare(asked: Asked, corpus: Path | None) -> tuple[Path, Path]:
 @task
 def read_sources(asked: Asked, model: Path, corpus: Path) -> Subject:
     """Read what is drawn from."""
-    from tasks.studies.calibration_study.texts import corpus_source, ids_source
+    from studies.calibration_study.texts import corpus_source, ids_source
 
     other = ids_source(asked.ids, asked.tokens) if asked.ids else None
     return Subject(model, corpus_source(load_params(), model, corpus, asked.tokens), other)
@@ -59,7 +59,7 @@ def read_sources(asked: Asked, model: Path, corpus: Path) -> Subject:
 @task
 def measure(on: Subject, settings: Any) -> list[dict[str, Any]]:
     """Score, prune and judge."""
-    from tasks.studies.calibration_study import study
+    from studies.calibration_study import study
 
     return study.measure(study.CalibrationStudy(on.model, settings.method, settings.ratio), *on[1:], settings)
 
@@ -67,9 +67,9 @@ def measure(on: Subject, settings: Any) -> list[dict[str, Any]]:
 @task
 def report(rows: list[dict[str, Any]], lines: list[Any], pairs: list[Any]) -> list[Path]:
     """Write tables and picture."""
-    from tasks.studies.calibration_study.plot import draw
-    from tasks.studies.calibration_study.texts import CORPUS
-    from tasks.studies.calibration_study.words import write_tables
+    from studies.calibration_study.plot import draw
+    from studies.calibration_study.texts import CORPUS
+    from studies.calibration_study.words import write_tables
 
     return [*draw(rows, CORPUS, PICTURE), *write_tables(rows, lines, pairs, PICTURE.with_suffix(".csv"))]
 
@@ -81,12 +81,12 @@ def calibration_study(asked: Asked, corpus: Path | None, changed: dict[str, Any]
     Args:
         asked: What the command line says; `ids`: another text.
         corpus: Directory of documents.jsonl; None: the pipeline's.
-        changed: Fields of `tasks.studies.calibration_study.study.Settings` that are not the default.
+        changed: Fields of `studies.calibration_study.study.Settings` that are not the default.
     """
     set_environment(asked)
-    from tasks.studies.calibration_study import words
-    from tasks.studies.calibration_study.study import Settings
-    from tasks.studies.calibration_study.summary import lines, matches
+    from studies.calibration_study import words
+    from studies.calibration_study.study import Settings
+    from studies.calibration_study.summary import lines, matches
 
     settings = replace(Settings(), **changed)
     on = read_sources(asked, *prepare(asked, corpus))

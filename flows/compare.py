@@ -49,7 +49,7 @@ PICTURE = PICTURES / "compare.png"
 @task
 def measure(on: Subject, settings: Any) -> list[dict[str, Any]]:
     """Prune and judge."""
-    from tasks.studies.compare import study
+    from studies.compare import study
 
     return study.measure(study.Comparison(on.model, on.texts), settings)
 
@@ -57,8 +57,8 @@ def measure(on: Subject, settings: Any) -> list[dict[str, Any]]:
 @task
 def report(lines: list[Any]) -> list[Path]:
     """Write table and picture."""
-    from tasks.studies.compare.leaderboard import write_leaderboard
-    from tasks.studies.compare.plot import draw
+    from studies.compare.leaderboard import write_leaderboard
+    from studies.compare.plot import draw
 
     return [*draw(lines, PICTURE), write_leaderboard(lines, PICTURE.with_suffix(".csv"))]
 
@@ -69,11 +69,11 @@ def compare(asked: Asked, changed: dict[str, Any]) -> Outcome:
 
     Args:
         asked: What the command line says.
-        changed: Fields of `tasks.studies.compare.study.Settings` that are not the default.
+        changed: Fields of `studies.compare.study.Settings` that are not the default.
     """
     set_environment(asked)
-    from tasks.studies.compare.leaderboard import leaderboard, series, shown, verdict
-    from tasks.studies.compare.study import Settings
+    from studies.compare.leaderboard import leaderboard, series, shown, verdict
+    from studies.compare.study import Settings
 
     settings = _checked(replace(Settings(), **changed))
     on = subject(asked)
@@ -90,7 +90,7 @@ def compare(asked: Asked, changed: dict[str, Any]) -> Outcome:
 
 def _reference(settings: Any) -> tuple[str, str]:
     """Return the method that the others are compared with: ours if it takes part, else the first that is asked for."""
-    from tasks.studies.comparison import BEST
+    from studies.comparison import BEST
 
     if BEST[0] in settings.methods:
         return BEST
@@ -98,7 +98,7 @@ def _reference(settings: Any) -> tuple[str, str]:
 
 
 def _checked(settings: Any) -> Any:
-    from tasks.studies.methods import NAMES
+    from studies.methods import NAMES
 
     methods = NAMES if settings.methods == ("all",) else settings.methods
     unknown = [name for name in methods if name not in NAMES]

@@ -12,7 +12,7 @@ from nirvana.files import atomic_file
 from tasks.check import is_sound
 from tasks.estimates import shown_file
 from tasks.params import load_params
-from tasks.process import ERROR_PREFIX
+from tasks.workers.process import ERROR_PREFIX
 
 _CHECK_SECONDS = 300
 

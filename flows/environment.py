@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tasks.loopback import keep_loopback_direct
-from tasks.redaction import redact, redact_logs
+from tasks.tracking.loopback import keep_loopback_direct
+from tasks.tracking.redaction import redact, redact_logs
 
 ROOT = Path(__file__).resolve().parent.parent
 

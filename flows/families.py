@@ -16,7 +16,7 @@ from flows.outcome import Outcome, as_table
 from flows.study import PICTURES, get_run_logger, one_line_errors, record, run, study, task
 from nirvana.files import read_json
 from tasks.params import load_params
-from tasks.process import prepare_environment
+from tasks.workers.process import prepare_environment
 
 PICTURE = PICTURES / "families.png"
 PROCESSES = 2
@@ -25,7 +25,7 @@ PROCESSES = 2
 @task
 def fetch_corpus() -> Path:
     """Bring the text."""
-    from tasks.studies.corpus import fetched_corpus
+    from studies.corpus import fetched_corpus
 
     return fetched_corpus(load_params())
 
@@ -33,7 +33,7 @@ def fetch_corpus() -> Path:
 @task
 def measure(settings: Any, corpus: Path, processes: int) -> dict[str, Any]:
     """Train, prune and judge."""
-    from tasks.studies.families import study as of
+    from studies.families import study as of
 
     return of.measure(settings, corpus, processes)
 
@@ -41,8 +41,8 @@ def measure(settings: Any, corpus: Path, processes: int) -> dict[str, Any]:
 @task
 def report(lines: list[Any]) -> list[Path]:
     """Write table and picture."""
-    from tasks.studies.families.plot import draw
-    from tasks.studies.families.summary import write_lines
+    from studies.families.plot import draw
+    from studies.families.summary import write_lines
 
     return [*draw(lines, PICTURE), write_lines(lines, PICTURE.with_suffix(".csv"))]
 
@@ -52,13 +52,13 @@ def families(changed: dict[str, Any], quick: bool = False, processes: int = PROC
     """Compare methods in one trained model a family.
 
     Args:
-        changed: Fields of `tasks.studies.families.study.Settings` that are not the default.
+        changed: Fields of `studies.families.study.Settings` that are not the default.
         quick: Few and hardly trained models: to see that it works.
         processes: Models worked on at a time, each by one thread.
     """
     prepare_environment(threads=1, online=True)
-    from tasks.studies.families.study import QUICK, Settings
-    from tasks.studies.families.summary import lines_of, notes, ratios_of, series, table, verdict
+    from studies.families.study import QUICK, Settings
+    from studies.families.summary import lines_of, notes, ratios_of, series, table, verdict
 
     settings = replace(QUICK if quick else Settings(), **changed)
     corpus = fetch_corpus()

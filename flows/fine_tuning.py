@@ -63,8 +63,8 @@ def prepare_corpus(asked: Asked, corpus: Path | None) -> Path:
 def put_together(on: Subject, corpus: Path, recipe: Any, threads: int | None) -> Any:
     """Read what every model is trained on."""
     from nirvana.device import resolve_device
-    from tasks.child import fix_torch
-    from tasks.studies.fine_tuning import study as tuning
+    from studies.fine_tuning import study as tuning
+    from tasks.workers.child import fix_torch
 
     params = load_params()
     fix_torch(threads or params.compute.threads)
@@ -75,7 +75,7 @@ def put_together(on: Subject, corpus: Path, recipe: Any, threads: int | None) ->
 @task
 def measure(on: Any, settings: Any) -> list[dict[str, Any]]:
     """Prune, fine-tune and judge."""
-    from tasks.studies.fine_tuning import study as tuning
+    from studies.fine_tuning import study as tuning
 
     return tuning.measure(on, settings)
 
@@ -83,8 +83,8 @@ def measure(on: Any, settings: Any) -> list[dict[str, Any]]:
 @task
 def report(dense: Any, lines: list[Any], reference: tuple[str, str]) -> list[Path]:
     """Write tables and picture."""
-    from tasks.studies.fine_tuning.plot import draw
-    from tasks.studies.fine_tuning.summary import write_tables
+    from studies.fine_tuning.plot import draw
+    from studies.fine_tuning.summary import write_tables
 
     return [*draw(dense, lines, reference, PICTURE), *write_tables(dense, lines, PICTURE.with_suffix(".csv"))]
 
@@ -96,11 +96,11 @@ def fine_tuning(asked: Asked, corpus: Path | None, changed: dict[str, Any]) -> O
     Args:
         asked: What the command line says.
         corpus: What is trained on, in place of the pipeline's.
-        changed: Fields of `tasks.studies.fine_tuning.study.Settings` that are not the default.
+        changed: Fields of `studies.fine_tuning.study.Settings` that are not the default.
     """
     set_environment(asked)
-    from tasks.studies.fine_tuning import study as tuning
-    from tasks.studies.fine_tuning import summary
+    from studies.fine_tuning import study as tuning
+    from studies.fine_tuning import summary
 
     settings = replace(tuning.Settings(), **changed)
     tuning.check(settings)

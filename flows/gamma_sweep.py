@@ -23,7 +23,7 @@ def gamma_sweep(asked: Asked, changed: dict[str, Any]) -> Outcome:
 
     Args:
         asked: What the command line says.
-        changed: Fields of `tasks.studies.sweep.gamma_sweep.Settings` that are not the default.
+        changed: Fields of `studies.sweep.gamma_sweep.Settings` that are not the default.
     """
     return sweep("gamma_sweep", asked, changed)
 

@@ -23,7 +23,7 @@ def modules(asked: Asked, changed: dict[str, Any]) -> Outcome:
 
     Args:
         asked: What the command line says.
-        changed: Fields of `tasks.studies.sweep.modules.Settings` that are not the default.
+        changed: Fields of `studies.sweep.modules.Settings` that are not the default.
     """
     return sweep("modules", asked, changed)
 

@@ -15,7 +15,7 @@ from flows.options import ProcessesOption
 from flows.outcome import Outcome, as_table
 from flows.study import PICTURES, get_run_logger, record, run, study, task
 from tasks.params import load_params
-from tasks.process import prepare_environment
+from tasks.workers.process import prepare_environment
 
 PICTURE = PICTURES / "ntk.png"
 PROCESSES = 2
@@ -24,7 +24,7 @@ PROCESSES = 2
 @task
 def fetch_corpus() -> Path:
     """Bring the text."""
-    from tasks.studies.corpus import fetched_corpus
+    from studies.corpus import fetched_corpus
 
     return fetched_corpus(load_params())
 
@@ -32,7 +32,7 @@ def fetch_corpus() -> Path:
 @task
 def measure(settings: Any, corpus: Path, processes: int) -> dict[str, Any]:
     """Train, prune, measure, fine-tune."""
-    from tasks.studies.ntk import run as ntk_run
+    from studies.ntk import run as ntk_run
 
     return ntk_run.measure(settings, corpus, processes)
 
@@ -40,8 +40,8 @@ def measure(settings: Any, corpus: Path, processes: int) -> dict[str, Any]:
 @task
 def report(settings: Any, found: dict[str, Any]) -> list[Path]:
     """Write tables and picture."""
-    from tasks.studies.ntk.plot import draw
-    from tasks.studies.ntk.summary import write_tables
+    from studies.ntk.plot import draw
+    from studies.ntk.summary import write_tables
 
     kernels, curves = found["kernels"], found["curves"]
     tables = write_tables(kernels, curves, PICTURE.with_suffix(".csv"))
@@ -58,8 +58,8 @@ def ntk(quick: bool = False, gamma: float | None = None, processes: int = PROCES
         processes: Models worked on at a time, each by one thread.
     """
     prepare_environment(threads=1, online=True)
-    from tasks.studies.ntk.study import QUICK, Settings
-    from tasks.studies.ntk.summary import curve_table, kernel_table, series, verdict
+    from studies.ntk.study import QUICK, Settings
+    from studies.ntk.summary import curve_table, kernel_table, series, verdict
 
     settings = QUICK if quick else Settings()
     settings = settings if gamma is None else replace(settings, gamma=gamma)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from nirvana.errors import InputError
-from tasks.integrity import LOCK, Ledger, damaged_lock, recorded_outputs, stamp_of
+from tasks.provenance.integrity import LOCK, Ledger, damaged_lock, recorded_outputs, stamp_of
 
 RWLOCK = Path(".dvc/tmp/rwlock")
 SET_ASIDE = Path(".cache/damaged")

@@ -26,13 +26,13 @@ from flows.prefect_server import prefect_fault
 from flows.step import StepFailedError, bring_up_to_date
 from flows.summary import StepResult, print_summary
 from nirvana.errors import InputError
-from tasks.child import DRIVER_PID
-from tasks.mlflow_store import STORE_FAULT
 from tasks.params import load_params
-from tasks.process import ERROR_PREFIX, log_file
 from tasks.record import is_recorded, record_failure
-from tasks.redaction import redact
 from tasks.registry import STEPS
+from tasks.tracking.mlflow_store import STORE_FAULT
+from tasks.tracking.redaction import redact
+from tasks.workers.child import DRIVER_PID
+from tasks.workers.process import ERROR_PREFIX, log_file
 
 WAIT_MINUTES = 60
 

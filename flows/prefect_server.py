@@ -17,8 +17,8 @@ import flows.environment as environment  # before prefect, which reads it when i
 from prefect.settings import PREFECT_API_URL, get_current_settings
 
 from flows.leash import TEMPORARY_SERVER_LOG, ServerDiedError, hold_temporary_server
-from tasks.redaction import redact, redact_logs
-from tasks.sqlite_file import database_fault
+from tasks.tracking.redaction import redact, redact_logs
+from tasks.tracking.sqlite_file import database_fault
 
 ANSWER_SECONDS = 10
 _TABLES = ("alembic_version", "flow_run", "task_run")

@@ -47,7 +47,7 @@ QUICK = {"ratios": (0.4,)}
 @task
 def measure(on: Subject, settings: Any) -> list[dict[str, Any]]:
     """Prune, round and judge."""
-    from tasks.studies.quantised import study
+    from studies.quantised import study
 
     return study.measure(study.Quantised(on.model, on.texts), settings)
 
@@ -55,8 +55,8 @@ def measure(on: Subject, settings: Any) -> list[dict[str, Any]]:
 @task
 def report(lines: list[Any], sums: list[Any]) -> list[Path]:
     """Write tables and picture."""
-    from tasks.studies.quantised.plot import draw
-    from tasks.studies.quantised.summary import write_tables
+    from studies.quantised.plot import draw
+    from studies.quantised.summary import write_tables
 
     return [*draw(lines, sums, PICTURE), *write_tables(lines, sums, PICTURE.with_suffix(".csv"))]
 
@@ -67,11 +67,11 @@ def quantised(asked: Asked, changed: dict[str, Any]) -> Outcome:
 
     Args:
         asked: What the command line says.
-        changed: Fields of `tasks.studies.quantised.study.Settings` that are not the default.
+        changed: Fields of `studies.quantised.study.Settings` that are not the default.
     """
     set_environment(asked)
-    from tasks.studies.quantised import summary
-    from tasks.studies.quantised.study import Settings
+    from studies.quantised import summary
+    from studies.quantised.study import Settings
 
     settings = replace(Settings(), **changed)
     on = subject(asked)

@@ -17,7 +17,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows.pipeline import pipeline
 from flows.server import PREFECT_PORT, page, prefect_server
 from nirvana.errors import InputError
-from tasks.process import ERROR_PREFIX
+from tasks.workers.process import ERROR_PREFIX
 
 NIGHTLY = "0 2 * * *"
 

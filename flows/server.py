@@ -21,8 +21,8 @@ import typer
 from flows.leash import hold
 from flows.prefect_server import database_problem
 from nirvana.errors import InputError
-from tasks.mlflow_store import store_fault, tracking_uri, without_credentials
-from tasks.process import ERROR_PREFIX
+from tasks.tracking.mlflow_store import store_fault, tracking_uri, without_credentials
+from tasks.workers.process import ERROR_PREFIX
 
 HOST = "127.0.0.1"
 PREFECT_PORT = 4200

@@ -12,7 +12,7 @@ import psutil
 
 from flows import own_files, verify
 from nirvana.errors import InputError
-from tasks.process import ERROR_PREFIX, log_file, read_record
+from tasks.workers.process import ERROR_PREFIX, log_file, read_record
 
 _ATTEMPTS = 3  # at making a damaged result again: more would hide a disk that fails
 _LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO|WARNING|ERROR|CRITICAL) (.*)$")

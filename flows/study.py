@@ -34,8 +34,8 @@ from flows.prefect_server import prefect_fault
 from flows.step import StepFailedError, bring_up_to_date
 from nirvana.errors import InputError
 from tasks.params import load_params
-from tasks.process import ERROR_PREFIX, prepare_environment
 from tasks.registry import paths
+from tasks.workers.process import ERROR_PREFIX, prepare_environment
 
 PICTURES = Path("reports/studies")
 _FEWEST = 2
@@ -84,14 +84,14 @@ class Asked:
 
 
 class Subject(NamedTuple):
-    """What is pruned, and `tasks.studies.comparison.Texts` to prune and judge it by."""
+    """What is pruned, and `studies.comparison.Texts` to prune and judge it by."""
 
     model: Path
     texts: Any
 
 
 def task(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Make a step of a study a Prefect task; tasks.studies.store remembers what it finds, Prefect does not.
+    """Make a step of a study a Prefect task; studies.store remembers what it finds, Prefect does not.
 
     Errors of the input fail it with one line, without a traceback, and go on to the flow.
     """
@@ -192,7 +192,7 @@ def prepare(asked: Asked) -> dict[str, Path]:
 @task
 def read_texts(asked: Asked, files: dict[str, Path]) -> Any:
     """Read what every method calibrates on and is judged by."""
-    from tasks.studies.texts import judged_on, texts_of_ids, texts_of_pipeline, with_generated
+    from studies.texts import judged_on, texts_of_ids, texts_of_pipeline, with_generated
 
     # what another text is judged by says nothing of how much this one has to hold
     sizes = (_FEWEST if asked.judge else asked.tokens, asked.compensation_sequences)
@@ -210,8 +210,8 @@ def read_texts(asked: Asked, files: dict[str, Path]) -> Any:
 def record(
     name: str, parameters: dict[str, Any], children: dict[str, Any], files: Sequence[Path], conclusion: Sequence[str]
 ) -> str:
-    """Record a study in MLflow: a parent, and a child a variant (`tasks.studies.tracking.Series`)."""
-    from tasks.studies.tracking import record_study
+    """Record a study in MLflow: a parent, and a child a variant (`studies.tracking.Series`)."""
+    from studies.tracking import record_study
 
     return record_study(name, parameters, children, files, "\n\n".join(conclusion))
 

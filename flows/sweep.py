@@ -1,6 +1,6 @@
 """What the flows of the sweeps share: measure, judge beside a reference, draw, record.
 
-A sweep's module in tasks.studies.sweep has `Settings`, `measure`, `cells_of`, `verdict`, `tables`, `children` and
+A sweep's module in studies.sweep has `Settings`, `measure`, `cells_of`, `verdict`, `tables`, `children` and
 `notes`.
 """
 
@@ -16,7 +16,7 @@ from flows.study import PICTURES, Asked, Subject, record, set_environment, subje
 @task
 def measure(name: str, on: Subject, settings: Any) -> list[dict[str, Any]]:
     """Prune, and judge or time."""
-    from tasks.studies.comparison import Comparison
+    from studies.comparison import Comparison
 
     rows: list[dict[str, Any]] = _of(name).measure(Comparison(on.model, on.texts), settings)
     return rows
@@ -25,8 +25,8 @@ def measure(name: str, on: Subject, settings: Any) -> list[dict[str, Any]]:
 @task
 def report(name: str, cells: list[Any], dense_perplexity: float) -> list[Path]:
     """Write table and picture."""
-    from tasks.studies.sweep.cells import write_cells
-    from tasks.studies.sweep.pictures import DRAW
+    from studies.sweep.cells import write_cells
+    from studies.sweep.pictures import DRAW
 
     picture = PICTURES / f"{name}.png"
     return [*DRAW[name](cells, dense_perplexity, picture), write_cells(cells, picture.with_suffix(".csv"))]
@@ -36,7 +36,7 @@ def sweep(name: str, asked: Asked, changed: dict[str, Any]) -> Outcome:
     """Run a sweep inside its flow.
 
     Args:
-        name: Of its module in tasks.studies.sweep.
+        name: Of its module in studies.sweep.
         asked: What the command line says.
         changed: Fields of the module's `Settings` that are not the default.
     """
@@ -45,7 +45,7 @@ def sweep(name: str, asked: Asked, changed: dict[str, Any]) -> Outcome:
     settings = replace(module.Settings(), **changed)
     on = subject(asked)
     rows = measure(name, on, settings)
-    from tasks.studies.sweep.cells import perplexity
+    from studies.sweep.cells import perplexity
 
     cells, dense_perplexity = module.cells_of(rows), perplexity(rows[0])
     conclusion = module.verdict(cells)
@@ -57,4 +57,4 @@ def sweep(name: str, asked: Asked, changed: dict[str, Any]) -> Outcome:
 
 
 def _of(name: str) -> Any:
-    return import_module(f"tasks.studies.sweep.{name}")  # imports torch: after the threads are set
+    return import_module(f"studies.sweep.{name}")  # imports torch: after the threads are set

@@ -1,8 +1,9 @@
 """Nothing damaged passes: results and DVC's own files are held against their digests, and what differs is made again.
 
-DVC believes what its caches say (see tasks/integrity.py). So every step that it brought up to date is compared with
-dvc.lock afterwards. What differs goes, with the objects of the cache whose content is not their name, and DVC is asked
-again: it then restores a good copy or computes one. `python -m flows.verify` (`make verify`) reads everything afresh.
+DVC believes what its caches say (see tasks/provenance/integrity.py). So every step that it brought up to date is
+compared with dvc.lock afterwards. What differs goes, with the objects of the cache whose content is not their name, and
+DVC is asked again: it then restores a good copy or computes one. `python -m flows.verify` (`make verify`) reads
+everything afresh.
 """
 
 import json
@@ -18,7 +19,7 @@ import flows.environment as environment
 from flows.own_files import Say, cache_directory, drop_damaged_runs, mend_own_files, remove
 from nirvana.errors import InputError
 from nirvana.files import atomic_file
-from tasks.integrity import (
+from tasks.provenance.integrity import (
     LOCK,
     Difference,
     Ledger,

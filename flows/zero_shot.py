@@ -73,7 +73,7 @@ def prepare(asked: Asked, corpus: Path | None) -> dict[str, Path]:
 @task
 def make_items(on: Subject, corpus: Path, judged: Judged) -> list[Any]:
     """Make the items, apart from what is calibrated on."""
-    from tasks.studies.zero_shot.items import item_sets
+    from studies.zero_shot.items import item_sets
 
     return item_sets(on.model, on.texts, corpus, judged.items, judged.text)
 
@@ -81,7 +81,7 @@ def make_items(on: Subject, corpus: Path, judged: Judged) -> list[Any]:
 @task
 def measure(on: Subject, sets: list[Any], settings: Any) -> list[dict[str, Any]]:
     """Prune and ask."""
-    from tasks.studies.zero_shot import study
+    from studies.zero_shot import study
 
     return study.measure(study.ZeroShot(on.model, on.texts), sets, settings)
 
@@ -89,8 +89,8 @@ def measure(on: Subject, sets: list[Any], settings: Any) -> list[dict[str, Any]]
 @task
 def report(lines: list[Any]) -> list[Path]:
     """Write table and picture."""
-    from tasks.studies.zero_shot.plot import draw
-    from tasks.studies.zero_shot.summary import write_table
+    from studies.zero_shot.plot import draw
+    from studies.zero_shot.summary import write_table
 
     return [*draw(lines, PICTURE), write_table(lines, PICTURE.with_suffix(".csv"))]
 
@@ -102,11 +102,11 @@ def zero_shot(asked: Asked, judged: Judged, changed: dict[str, Any]) -> Outcome:
     Args:
         asked: What the command line says.
         judged: What the items are made from.
-        changed: Fields of `tasks.studies.zero_shot.study.Settings` that are not the default.
+        changed: Fields of `studies.zero_shot.study.Settings` that are not the default.
     """
     set_environment(asked)
-    from tasks.studies.zero_shot import summary
-    from tasks.studies.zero_shot.study import Settings
+    from studies.zero_shot import summary
+    from studies.zero_shot.study import Settings
 
     settings = _checked(replace(Settings(), **changed))
     files = prepare(asked, judged.corpus)
@@ -126,8 +126,8 @@ def zero_shot(asked: Asked, judged: Judged, changed: dict[str, Any]) -> Outcome:
 
 
 def _checked(settings: Any) -> Any:
-    from tasks.studies.comparison import COMPENSATIONS
-    from tasks.studies.methods import METHODS
+    from studies.comparison import COMPENSATIONS
+    from studies.methods import METHODS
 
     if odd := [way for way in settings.ways if way[0] not in METHODS or way[1] not in COMPENSATIONS]:
         raise InputError(

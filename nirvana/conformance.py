@@ -20,10 +20,10 @@ import transformers
 from torch import Tensor, nn
 
 import nirvana
-from nirvana.checkpoint.parity import MaskedWeights
-from nirvana.checkpoint.parity_ids import read_tokenizer
 from nirvana.checkpoint.prose import PROSE
 from nirvana.errors import InputError
+from nirvana.export.parity import MaskedWeights
+from nirvana.export.parity_ids import read_tokenizer
 from nirvana.files import read_json, write_json
 from nirvana.loading import auto_class, load_model
 from nirvana.plan import Plan

@@ -26,8 +26,10 @@ def _run(name: str) -> int:
     import logging
 
     from nirvana.errors import InputError
-    from tasks import child, integrity, process, registry
+    from tasks import registry
     from tasks.params import load_params, restrict
+    from tasks.provenance import integrity
+    from tasks.workers import child, process
 
     process.start_logging(name)
     inputs, outputs = registry.paths(name)
@@ -65,9 +67,9 @@ def _fail(message: str, status: int) -> int:
     import logging
     import os
 
-    from tasks.child import DRIVER_PID
-    from tasks.process import ERROR_PREFIX
-    from tasks.redaction import redact
+    from tasks.tracking.redaction import redact
+    from tasks.workers.child import DRIVER_PID
+    from tasks.workers.process import ERROR_PREFIX
 
     line = ERROR_PREFIX + redact(" ".join(message.split()))
     logging.getLogger(__name__).error(line)
@@ -84,7 +86,8 @@ def main(arguments: list[str]) -> int:
     _check_interpreter()
     import os
 
-    from tasks import child, registry
+    from tasks import registry
+    from tasks.workers import child
 
     if "DVC_STAGE" in os.environ:  # DVC started it; by hand it may outlive its shell
         child.die_with_parent()

@@ -18,7 +18,7 @@ from nirvana.plan import Compensation, Plan
 from nirvana.saliency import idle_experts
 from nirvana.walk import as_streams
 from nirvana.weights import model_digest
-from tasks.token_files import read_ids
+from tasks.corpus.token_files import read_ids
 from tasks.unit_saliency import allocate_as_asked, averaged_saliency, best_candidates, candidate_files
 
 if TYPE_CHECKING:

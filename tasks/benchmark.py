@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from nirvana.benchmark import Workload, benchmark
 from nirvana.device import resolve_device
 from nirvana.files import write_json
-from tasks.judged import judged_checkpoint
+from tasks.evaluation.evaluated_checkpoint import judged_checkpoint
 
 if TYPE_CHECKING:
     from tasks.params import Params

@@ -63,22 +63,22 @@ def check(params: "Params") -> list[str]:
     Raises:
         InputError: At the first thing that cannot work; one line with the key, what was expected and what to do.
     """
-    from tasks.task_names import check_task_names
+    from tasks.evaluation.task_names import check_task_names
 
     check_task_names(params.evaluation.tasks)
     if not (MODEL / "config.json").is_file():
         return [
             f"no model in {MODEL} yet: only params.yaml was checked; `dvc repro fetch_model fetch_corpus` gets both"
         ]
-    from tasks.check_model import check_model, shortages
-    from tasks.process import prepare_environment
+    from tasks.checks.model import check_model, shortages
+    from tasks.workers.process import prepare_environment
 
     prepare_environment(params.compute.threads, online=False)
     check_model(params, MODEL)
     warnings = list(shortages(params, MODEL))
     if not (CORPUS / "documents.jsonl").is_file():
         return [*warnings, f"no corpus in {CORPUS} yet: the text was not checked; `dvc repro fetch_corpus` gets it"]
-    from tasks.check_text import check_text
+    from tasks.checks.text import check_text
 
     check_text(params, MODEL, CORPUS)
     return warnings
@@ -101,8 +101,8 @@ def _version(name: str) -> str:
 
 def main() -> int:
     """Check, say what was found, and return the exit status: 0 sound, 2 not, 1 a defect of ours."""
-    from tasks.process import ERROR_PREFIX
-    from tasks.redaction import redact, redact_logs
+    from tasks.tracking.redaction import redact, redact_logs
+    from tasks.workers.process import ERROR_PREFIX
 
     redact_logs()
     os.environ.setdefault("TQDM_DISABLE", "1")  # it is read when tqdm is imported

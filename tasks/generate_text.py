@@ -34,9 +34,9 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
         return
     # brings torch: seconds that a step with nothing to do must not take
     from nirvana.device import resolve_device
-    from tasks.child import fix_torch
+    from tasks.corpus.token_files import read_ids
     from tasks.sample_pool import documents_of, save_ids
-    from tasks.token_files import read_ids
+    from tasks.workers.child import fix_torch
 
     fix_torch(params.compute.threads)
     device = resolve_device(params.runtime.device)
@@ -67,7 +67,7 @@ def writable_tokens(model: Path) -> list[int]:
     What a tokenizer names (BOS, EOS, padding) is only a part of these: separators of documents, turns and files are
     special too, and none of them is text.
     """
-    from tasks.model_directory import load_tokenizer, vocabulary_size
+    from tasks.sources.model_directory import load_tokenizer, vocabulary_size
 
     tokenizer, known = load_tokenizer(model), vocabulary_size(model)
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
@@ -121,8 +121,8 @@ def _check_that_it_fits(model: Path, sequences: int, length: int, device: "torch
     import torch
 
     from nirvana.errors import InputError
-    from nirvana.estimate import Sizes, Workload, device_bytes
-    from nirvana.estimate_memory import self_generation_bytes
+    from nirvana.estimate.memory import self_generation_bytes
+    from nirvana.estimate.steps import Sizes, Workload, device_bytes
 
     sizes, work = Sizes.of(model), Workload(self_generated=sequences, compensation_length=length)
     # on_cpu=False: mapped weights count too, for if they do not stay in memory, each token reads them from disk again

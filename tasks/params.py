@@ -25,7 +25,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from nirvana.errors import InputError
-from tasks.sources import parse_source
+from tasks.sources.source import parse_source
 
 PARAMS_FILE = Path("params.yaml")
 RUNTIME = "runtime"

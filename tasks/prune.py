@@ -13,8 +13,8 @@ from nirvana.files import write_json
 from nirvana.plan import Plan
 from nirvana.surgery import prune
 from nirvana.walk import Execution, Stack
-from tasks.token_files import read_ids
-from tasks.way_of_computing import chosen_way
+from tasks.corpus.token_files import read_ids
+from tasks.workers.way_of_computing import chosen_way
 
 if TYPE_CHECKING:
     import torch

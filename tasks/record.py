@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from nirvana.errors import InputError
 from nirvana.files import read_json, write_json
-from tasks.mlflow_names import LONGEST_SOURCE, LONGEST_TAG, NAMES_AT_ONCE, fit_names, fit_value
-from tasks.mlflow_store import is_reachable_default, open_store, public_uri, store_fault, stored_values
 from tasks.params import in_words_of_the_preset
-from tasks.redaction import redact
+from tasks.tracking.mlflow_names import LONGEST_SOURCE, LONGEST_TAG, NAMES_AT_ONCE, fit_names, fit_value
+from tasks.tracking.mlflow_store import is_reachable_default, open_store, public_uri, store_fault, stored_values
+from tasks.tracking.redaction import redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -283,7 +283,7 @@ def _output_digests(stages: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _log_files(client: "MlflowClient", run_id: str, inputs: Mapping[str, Path]) -> None:
-    from tasks.plots import figures
+    from tasks.pictures.plots import figures
 
     for name in (
         "plan",

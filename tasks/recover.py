@@ -21,7 +21,9 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
         InputError: If peft is missing, the documents are too few, or the loss is not finite.
     """
     if params.recovery.tokens:
-        from tasks.fine_tuning import fine_tune  # brings torch: seconds that a step with nothing to do must not take
+        from tasks.recovery.fine_tuning import (
+            fine_tune,  # brings torch: seconds that a step with nothing to do must not take
+        )
 
         summary, curve, state = fine_tune(params, inputs, outputs["recovered"])
         _write_reports(outputs, summary, curve)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.code_files import code_files
-from tasks.lm_eval_task import OFFLINE_TASKS
+from tasks.evaluation.lm_eval_task import OFFLINE_TASKS
+from tasks.provenance.code_files import code_files
 
 if TYPE_CHECKING:
     from tasks.params import Params

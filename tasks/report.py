@@ -18,7 +18,7 @@ from markupsafe import Markup
 from nirvana.files import atomic_file, read_json
 from nirvana.plan import Plan
 from nirvana.plan_summary import requested_rates
-from tasks.plots import COSTS, PALETTE, by_module, figures, is_share, read_rows, title_of, written
+from tasks.pictures.plots import COSTS, PALETTE, by_module, figures, is_share, read_rows, title_of, written
 
 if TYPE_CHECKING:
     from tasks.params import Params

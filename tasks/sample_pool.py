@@ -10,8 +10,8 @@ therefore begins with the same candidates, as long as one sequence a document is
 Compensation fits on sequences of its own from the same calibration documents, for it needs more of them than saliency;
 generate_text adds what the model writes. With `calibration.repeated` some sequences of both say a thing twice.
 
-For an encoder-decoder each sequence of text then becomes a source and a target (tasks/span_corruption.py); the lengths
-in params.yaml are those of the text.
+For an encoder-decoder each sequence of text then becomes a source and a target (tasks/corpus/span_corruption.py); the
+lengths in params.yaml are those of the text.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from nirvana.checkpoint.tokenizer import begins_with
 from nirvana.errors import InputError
 from nirvana.files import atomic_directory, atomic_file
 from nirvana.repetition import with_repetition
-from tasks.copies import groups_of_copies
-from tasks.documents import Document, in_turn, read_documents, write_documents
-from tasks.model_directory import load_tokenizer, vocabulary_size
-from tasks.pieces import LONGEST, join_short, pieces
-from tasks.span_corruption import PairMaker
+from tasks.corpus.copies import groups_of_copies
+from tasks.corpus.documents import Document, in_turn, read_documents, write_documents
+from tasks.corpus.pieces import LONGEST, join_short, pieces
+from tasks.corpus.span_corruption import PairMaker
+from tasks.sources.model_directory import load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
     from tasks.params import Calibration, Params
@@ -192,7 +192,7 @@ def draw_compensation(
 def split_documents(documents: Sequence[Document]) -> dict[str, list[Document]]:
     """Sort documents into calibration, heldout and evaluation by the SHA-256 of their names, keeping their order.
 
-    Copies of a document (tasks/copies.py) go where the first of them goes: what was calibrated on judges nothing.
+    Copies of a document (tasks/corpus/copies.py) go where its first goes: what was calibrated on judges nothing.
     """
     splits: dict[str, list[Document]] = {"calibration": [], "heldout": [], "evaluation": []}
     firsts = groups_of_copies(documents)

@@ -14,7 +14,7 @@ from tiny import random_keep, save_family, tiny_tokenizer
 
 from nirvana.calibration import calibration_digest
 from nirvana.checkpoint.digests import DIGESTS_NAME
-from nirvana.checkpoint.export import Options, export_checkpoint
+from nirvana.export.export import Options, export_checkpoint
 from nirvana.plan import PLAN_NAME, Compensation, Plan
 from nirvana.surgery import prune
 from nirvana.walk import Stack, as_streams

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 from tiny import random_ids
 
-from tasks.studies.comparison import Comparison, Text, Texts
+from studies.comparison import Comparison, Text, Texts
 
 
 def tiny_comparison(model_directory):

@@ -7,8 +7,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FORBIDDEN = {
-    "nirvana": {"tasks", "flows", "benchmarks", "tests", "prefect", "dvc", "mlflow", "lm_eval"},
-    "tasks": {"flows", "benchmarks", "tests", "prefect", "dvc"},
+    "nirvana": {"tasks", "studies", "flows", "benchmarks", "tests", "prefect", "dvc", "mlflow", "lm_eval"},
+    "tasks": {"studies", "flows", "benchmarks", "tests", "prefect", "dvc"},
+    "studies": {"flows", "benchmarks", "tests", "prefect", "dvc"},
     "flows": {"benchmarks", "tests", "torch", "lm_eval"},
 }
 

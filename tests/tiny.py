@@ -384,7 +384,7 @@ def tiny_t5(path: Path, name: str = "t5-relu-tied", seed: int = 0, sentinels: in
 
 def tiny_recipe(steps: int):
     """Return the recipe of a model of 2 layers, 4 heads in 2 KV groups and 24 neurons, for studies that train it."""
-    from tasks.studies.tiny_model import Recipe
+    from studies.tiny_model import Recipe
 
     return Recipe(
         vocabulary=128,

@@ -15,8 +15,8 @@ import yaml
 
 from nirvana.files import read_json, write_json
 from tasks.params import load_params
-from tasks.process import read_record
 from tasks.registry import STEPS
+from tasks.workers.process import read_record
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / ".cache/reliability"
@@ -47,8 +47,8 @@ import logging, os, sys
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stdout)
 import flows.environment
 from flows.step import StepFailedError, bring_up_to_date
-from tasks.child import DRIVER_PID
-from tasks.mlflow_store import STORE_FAULT
+from tasks.workers.child import DRIVER_PID
+from tasks.tracking.mlflow_store import STORE_FAULT
 from tasks.record import is_recorded
 from tasks.registry import STEPS
 os.environ[DRIVER_PID] = str(os.getpid())

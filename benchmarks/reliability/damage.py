@@ -280,7 +280,7 @@ def get_known(path: Path) -> None:
         "import flows.environment\n"
         "from dvc.repo import Repo\n"
         "from flows import own_files, verify\n"
-        "from tasks.integrity import Ledger\n"
+        "from tasks.provenance.integrity import Ledger\n"
         "from tasks.registry import STEPS\n"
         "from pathlib import Path\n"
         "ledger = Ledger()\n"

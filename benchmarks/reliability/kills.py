@@ -28,8 +28,8 @@ import typer
 from benchmarks.reliability.checkout import WORK, Prepared, copy_checkout, finish, prepared, said_file, start
 from benchmarks.reliability.compare import differing
 from benchmarks.reliability.results import Results, chosen
-from tasks.process import read_record
 from tasks.registry import STEPS
+from tasks.workers.process import read_record
 
 _VICTIMS = ("driver", "step", "all")
 _ALONE_SECONDS = 20  # a server that lost its driver has two seconds to end, on a busy machine longer

@@ -188,14 +188,14 @@ class Kinds:
 
     def config_kind(self, chance: random.Random) -> None:
         """A configuration of any family, described and checked against the parameters."""
-        from tasks.check_model import check_model
+        from tasks.checks.model import check_model
 
         (self.home / "model/config.json").write_bytes(mutated_json(chance.choice(self.configs), chance))
         check_model(self.params, self.home / "model")
 
     def tokenizer_kind(self, chance: random.Random) -> None:
         """A tokenizer's files, loaded and used on a text."""
-        from tasks.documents import Document
+        from tasks.corpus.documents import Document
         from tasks.sample_pool import Encoder
 
         changed = chance.choice(sorted(self.tokenizer))
@@ -206,9 +206,9 @@ class Kinds:
 
     def corpus_kind(self, chance: random.Random) -> None:
         """Files of text in each format, read, split, and made into items."""
-        from tasks.cloze import cloze_items
-        from tasks.continuation import continuation_items
-        from tasks.text_files import expand, read_files
+        from tasks.corpus.text_files import expand, read_files
+        from tasks.evaluation.cloze import cloze_items
+        from tasks.evaluation.continuation import continuation_items
 
         folder = Path(tempfile.mkdtemp(dir=self.home))
         suffix = chance.choice([".txt", ".md", ".jsonl", ".json", ".csv"])

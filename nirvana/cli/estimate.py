@@ -41,8 +41,8 @@ def estimate(
     """Predict peak memory, disk and time of every step, with weights in memory or streamed, and what fits here."""
     from dataclasses import asdict
 
-    from nirvana import estimate as estimating
     from nirvana.device import resolve_device
+    from nirvana.estimate import steps as estimating
 
     on = resolve_device(device)
     work = estimating.Workload(
@@ -69,7 +69,7 @@ def estimate(
         return
     from rich.console import Console
 
-    from nirvana.estimate_table import estimate_table
+    from nirvana.estimate.table import estimate_table
 
     console = Console()
     console.print(estimate_table(estimates, free, f"{model}: what each step takes"))

@@ -88,7 +88,7 @@ def export(
     import transformers
     from rich.console import Console
 
-    from nirvana.checkpoint.export import Options, export_checkpoint
+    from nirvana.export.export import Options, export_checkpoint
 
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("gguf").setLevel(logging.ERROR)

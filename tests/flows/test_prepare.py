@@ -11,7 +11,7 @@ from tiny import tiny_corpus, tiny_llama
 from flows import study, zero_shot
 from flows.options import SELF_GENERATED
 from flows.study import Asked
-from tasks.documents import Document, write_documents
+from tasks.corpus.documents import Document, write_documents
 from tasks.params import PARAMS_FILE
 from tasks.registry import step
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny import all_families, pruned_checkpoint, random_keep, save_family
 from transformers import AutoConfig
 
-from nirvana.checkpoint.export import export_checkpoint
+from nirvana.export.export import export_checkpoint
 from nirvana.walk import Stack
 
 LLAMA3 = {

@@ -13,10 +13,10 @@ from nirvana.benchmark import Workload, benchmark
 from nirvana.divergence import dense_hidden_states, kl_divergence
 from nirvana.saliency import channel_saliency, unit_saliency
 from nirvana.walk import Stack
-from tasks import runners
-from tasks.child import fix_torch
-from tasks.jobs import Job
 from tasks.params import Runtime
+from tasks.workers import runners
+from tasks.workers.child import fix_torch
+from tasks.workers.jobs import Job
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")

@@ -8,9 +8,9 @@ from typer.testing import CliRunner
 
 from nirvana.calibration import calibration_digest
 from nirvana.checkpoint.digests import DIGESTS_NAME, check_digests
-from nirvana.checkpoint.export import export_checkpoint
 from nirvana.cli import app
 from nirvana.errors import InputError
+from nirvana.export.export import export_checkpoint
 from nirvana.files import sha256_file
 from nirvana.plan import PLAN_NAME, Compensation, Plan
 from nirvana.surgery import prune

@@ -7,12 +7,11 @@ import torch
 from tiny import all_families, family_configs, model_type_of, random_ids, save_family
 from transformers import LlamaConfig
 
-from nirvana import estimate
 from nirvana.adapter import attach
 from nirvana.architectures.registry import describe
 from nirvana.errors import InputError
-from nirvana.estimate import Sizes, Workload, choose
-from nirvana.estimate_memory import (
+from nirvana.estimate import steps as estimate
+from nirvana.estimate.memory import (
     ADAPTER_COPIES,
     BASE_BYTES,
     SCORING_ARENA_BYTES,
@@ -23,6 +22,7 @@ from nirvana.estimate_memory import (
     saliency_bytes,
     self_generation_bytes,
 )
+from nirvana.estimate.steps import Sizes, Workload, choose
 from nirvana.loading import load_model
 from nirvana.walk import SEQUENCES_AT_ONCE
 

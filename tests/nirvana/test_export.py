@@ -24,12 +24,12 @@ from tiny import (
 from typer.testing import CliRunner
 
 from nirvana import compensation
-from nirvana.checkpoint import export_source
 from nirvana.checkpoint.digests import DIGESTS_NAME
-from nirvana.checkpoint.export import EXPORT_NAME, Options, export_checkpoint
-from nirvana.checkpoint.parity import MaskedWeights, compare, masked_logits
 from nirvana.cli import app
 from nirvana.errors import InputError
+from nirvana.export import source as export_source
+from nirvana.export.export import EXPORT_NAME, Options, export_checkpoint
+from nirvana.export.parity import MaskedWeights, compare, masked_logits
 from nirvana.files import sha256_directory
 from nirvana.loading import load_model
 from nirvana.plan import PLAN_NAME, Plan

@@ -14,13 +14,14 @@ from tiny import tiny_corpus, tiny_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from nirvana.checkpoint import export_gguf, llama_cpp
 from nirvana.checkpoint.digests import DIGESTS_NAME
-from nirvana.checkpoint.export import Options, export_checkpoint
-from nirvana.checkpoint.export_gguf import to_halves, to_neighbours
-from nirvana.checkpoint.gguf_tokenizer import describe_tokenizer
 from nirvana.checkpoint.prose import PROSE
 from nirvana.errors import InputError
+from nirvana.export import gguf as export_gguf
+from nirvana.export import llama_cpp
+from nirvana.export.export import Options, export_checkpoint
+from nirvana.export.gguf import to_halves, to_neighbours
+from nirvana.export.gguf_tokenizer import describe_tokenizer
 from nirvana.files import sha256_file
 from nirvana.loading import load_model
 from nirvana.surgery import prune
@@ -231,7 +232,7 @@ def test_unknown_weight_type(llama):
 
 @pytest.mark.slow
 def test_importing_the_exports_needs_no_gguf():
-    code = "import sys; sys.modules['gguf'] = None; sys.modules['xllamacpp'] = None; import nirvana.checkpoint.export"
+    code = "import sys; sys.modules['gguf'] = None; sys.modules['xllamacpp'] = None; import nirvana.export.export"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -254,7 +255,7 @@ def trained(cut, tmp_path, **bpe):
 
 
 def split_by(name):
-    from nirvana.checkpoint.gguf_tokenizer import _PRE_TOKENIZERS
+    from nirvana.export.gguf_tokenizer import _PRE_TOKENIZERS
 
     pattern = next(key[1] for key, value in _PRE_TOKENIZERS.items() if value == name)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

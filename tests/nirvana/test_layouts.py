@@ -22,12 +22,12 @@ from tiny import (
 from transformers import AutoModel, AutoModelForCausalLM
 
 from nirvana.architectures.registry import FAMILIES, describe
-from nirvana.checkpoint.export import export_checkpoint
-from nirvana.checkpoint.parity import masked_logits
 from nirvana.config_values import config_values
 from nirvana.directory_kind import kind_of_directory
 from nirvana.divergence import dense_hidden_states
 from nirvana.errors import InputError
+from nirvana.export.export import export_checkpoint
+from nirvana.export.parity import masked_logits
 from nirvana.loading import load_model
 from nirvana.plan import Plan
 from nirvana.projections import output_projections

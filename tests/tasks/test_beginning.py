@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nirvana.checkpoint.tokenizer import begins_with
 from nirvana.loading import load_config
-from tasks.documents import Document
-from tasks.lm_eval_model import ContinuationLM
-from tasks.perplexity_text import perplexity_text
+from tasks.corpus.documents import Document
+from tasks.evaluation.lm_eval_model import ContinuationLM
+from tasks.evaluation.perplexity_text import perplexity_text
 from tasks.sample_pool import Encoder
 
 PUT = {"nothing": "$A", "bos": "<s> $A", "bos-eos": "<s> $A </s>", "eos": "$A </s>"}

@@ -11,10 +11,11 @@ from toy_workers import square
 
 from nirvana.errors import InputError
 from nirvana.files import read_sealed, sha256_directory, write_sealed
-from tasks import aggregate_saliency, candidates, collect_gradients, score_pool
-from tasks.candidates import candidate_key, run_jobs
-from tasks.jobs import Job
+from tasks import aggregate_saliency, collect_gradients, score_pool
 from tasks.params import Runtime, load_params, parse_params
+from tasks.workers import candidates
+from tasks.workers.candidates import candidate_key, run_jobs
+from tasks.workers.jobs import Job
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,13 +15,13 @@ from tiny import save_family, tiny_corpus, tiny_llama, tiny_t5, tiny_tokenizer
 
 from nirvana.errors import InputError
 from tasks import check as early
-from tasks.check_model import check_model, context_tokens, shortages
-from tasks.check_text import check_text
-from tasks.cloze import count_cloze_items
-from tasks.documents import Document, read_documents, write_documents
+from tasks.checks.model import check_model, context_tokens, shortages
+from tasks.checks.text import check_text
+from tasks.corpus.documents import Document, read_documents, write_documents
+from tasks.evaluation.cloze import count_cloze_items
+from tasks.evaluation.task_names import check_task_names
 from tasks.params import parse_params
 from tasks.sample_pool import split_documents
-from tasks.task_names import check_task_names
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {

@@ -6,8 +6,8 @@ import pytest
 from tiny import tiny_llama, tiny_tokenizer
 
 from nirvana.errors import InputError
-from tasks.cloze import cloze_items, write_cloze_task
-from tasks.documents import Document
+from tasks.corpus.documents import Document
+from tasks.evaluation.cloze import cloze_items, write_cloze_task
 
 # 42 words before the last one
 PASSAGE = (

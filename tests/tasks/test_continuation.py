@@ -7,8 +7,8 @@ import pytest
 from tiny import tiny_llama, tiny_sentence, tiny_tokenizer
 
 from nirvana.errors import InputError
-from tasks.continuation import continuation_items, write_continuation_task
-from tasks.documents import Document
+from tasks.corpus.documents import Document
+from tasks.evaluation.continuation import continuation_items, write_continuation_task
 
 # 43 words; none of its sentences ends in six words that can be a choice
 FAR = (

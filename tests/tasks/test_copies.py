@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from tasks.copies import groups_of_copies, normalised
-from tasks.documents import Document
+from tasks.corpus.copies import groups_of_copies, normalised
+from tasks.corpus.documents import Document
 
 
 def text_of(seed, words=600, letters="abcdefgh"):

@@ -8,8 +8,8 @@ import pytest
 
 from nirvana.errors import InputError
 from tasks import fetch_corpus
-from tasks.cpu_limit import cpu_limit
-from tasks.documents import Document
+from tasks.corpus.documents import Document
+from tasks.workers.cpu_limit import cpu_limit
 
 
 def test_an_expression_that_never_ends_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

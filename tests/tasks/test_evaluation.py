@@ -13,9 +13,10 @@ from nirvana.checkpoint.recovered import write_form
 from nirvana.errors import InputError
 from nirvana.perplexity import token_perplexity, windows_from_documents
 from nirvana.walk import Stack
-from tasks import evaluate, evaluate_dense, evaluation
-from tasks.documents import Document, write_documents
-from tasks.lm_eval_json import deterministic, headline_metrics
+from tasks import evaluate, evaluate_dense
+from tasks.corpus.documents import Document, write_documents
+from tasks.evaluation import quality as evaluation
+from tasks.evaluation.lm_eval_json import deterministic, headline_metrics
 
 ITEMS = 12
 

@@ -10,7 +10,7 @@ import pytest
 from tiny import tiny_corpus
 
 from nirvana.errors import InputError
-from tasks.documents import Document, read_documents, write_documents
+from tasks.corpus.documents import Document, read_documents, write_documents
 from tasks.fetch_corpus import run, strip_text
 from tasks.params import Corpus
 from tasks.sample_pool import split_documents

@@ -15,15 +15,15 @@ from safetensors.numpy import load_file
 from tiny import tiny_llama, tiny_t5
 from tokenizers import AddedToken
 
-from nirvana import estimate
 from nirvana.errors import InputError
-from nirvana.estimate import Sizes, Workload
-from nirvana.estimate_memory import self_generation_bytes
+from nirvana.estimate import steps as estimate
+from nirvana.estimate.memory import self_generation_bytes
+from nirvana.estimate.steps import Sizes, Workload
 from nirvana.generation import generate
 from nirvana.loading import load_model
 from tasks.generate_text import interleaved, run, writable_tokens, written_by
-from tasks.model_directory import load_tokenizer
 from tasks.sample_pool import documents_of, save_ids
+from tasks.sources.model_directory import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

@@ -241,7 +241,7 @@ def test_corpus_that_the_hub_cannot_give(changes, reason, hub_corpus, tmp_path):
 def test_a_download_that_is_not_what_the_hub_has_is_refused_and_not_kept(tmp_path, large):
     from huggingface_hub._local_folder import write_download_metadata
 
-    from tasks.hub import _check_download
+    from tasks.sources.hub import _check_download
 
     content = b"weights" * 100
     git = hashlib.sha1(b"blob 700\0" + content).hexdigest()

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from nirvana.errors import InputError
-from tasks import integrity
-from tasks.integrity import Ledger, check_inputs, differences, note_outputs, recorded_outputs, tree_digest
+from tasks.provenance import integrity
+from tasks.provenance.integrity import Ledger, check_inputs, differences, note_outputs, recorded_outputs, tree_digest
 
 MODEL, PLAN = Path("data/model"), Path("artifacts/plan.json")
 

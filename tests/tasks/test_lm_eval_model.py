@@ -6,7 +6,7 @@ from lm_eval.models.huggingface import HFLM
 from tiny import tiny_llama, tiny_t5
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from tasks.lm_eval_model import ContinuationLM
+from tasks.evaluation.lm_eval_model import ContinuationLM
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from urllib.request import build_opener, proxy_bypass_environment
 import httpx
 import pytest
 
-from tasks.loopback import keep_loopback_direct
+from tasks.tracking.loopback import keep_loopback_direct
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from toy import command, environment, runs, set_param, toy_checkout
 
-from tasks.process import disk_full_line
 from tasks.registry import STEPS
+from tasks.workers.process import disk_full_line
 
 
 @pytest.fixture(scope="module")

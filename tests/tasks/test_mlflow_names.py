@@ -11,7 +11,7 @@ from mlflow.utils.validation import (
     _validate_metric_name,
 )
 
-from tasks.mlflow_names import LONGEST_PARAMETER, NAMES_AT_ONCE, fit_names, fit_value
+from tasks.tracking.mlflow_names import LONGEST_PARAMETER, NAMES_AT_ONCE, fit_names, fit_value
 
 
 def test_allowed_names_stay_and_others_become_the_nearest() -> None:

@@ -15,7 +15,7 @@ from nirvana.perplexity import token_perplexity
 from nirvana.surgery import prune
 from nirvana.walk import Stack
 from tasks import evaluate, evaluate_dense
-from tasks.documents import Document, write_documents
+from tasks.corpus.documents import Document, write_documents
 
 WINDOW, TOKENS = 16, 64
 

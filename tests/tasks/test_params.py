@@ -21,7 +21,7 @@ from tasks.params import (
     parse_params,
     restrict,
 )
-from tasks.sources import parse_source
+from tasks.sources.source import parse_source
 
 ROOT = Path(__file__).resolve().parents[2]
 GIVEN = YAML(typ="safe").load(ROOT / "params.yaml")

@@ -6,8 +6,8 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.documents import Document
-from tasks.pieces import Cutting, cut_documents, join_short, piece_size, pieces, pieces_of_file
+from tasks.corpus.documents import Document
+from tasks.corpus.pieces import Cutting, cut_documents, join_short, piece_size, pieces, pieces_of_file
 
 
 def squeezed(text):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.process import read_record, recorded
+from tasks.workers.process import read_record, recorded
 
 
 @pytest.mark.parametrize("content", [b"\xff{}", b"{", b"", b"[]", b"[" * 100_000, b"9" * 5000, b"\0"])

@@ -17,19 +17,20 @@ from tiny import random_keep, tiny_corpus, tiny_llama, tiny_t5
 from transformers import AutoTokenizer
 
 from nirvana.checkpoint.digests import DIGESTS_NAME, check_digests
-from nirvana.checkpoint.export import export_checkpoint
 from nirvana.checkpoint.recovered import RECOVERY_NAME
 from nirvana.errors import InputError
+from nirvana.export.export import export_checkpoint
 from nirvana.loading import load_model
 from nirvana.plan import Plan
 from nirvana.surgery import prune
 from nirvana.walk import Stack
 from nirvana.weights import WeightFiles, model_digest
-from tasks import fine_tuning, recover, sample_pool
-from tasks.documents import Document, read_documents, write_documents
-from tasks.judged import judged_checkpoint
+from tasks import recover, sample_pool
+from tasks.corpus.documents import Document, read_documents, write_documents
+from tasks.evaluation.evaluated_checkpoint import judged_checkpoint
 from tasks.params import Recovery
-from tasks.recovery_text import training_text
+from tasks.recovery import fine_tuning
+from tasks.recovery.recovery_text import training_text
 from tasks.sample_pool import Encoder, split_documents
 
 SETTINGS = {
@@ -214,7 +215,7 @@ def test_an_export_would_leave_out_what_was_recovered(inputs, merged, tmp_path):
 
 
 def test_the_curve_and_the_summary_say_what_the_models_do(inputs, merged):
-    from tasks.token_files import read_ids
+    from tasks.corpus.token_files import read_ids
 
     (heldout,) = read_ids(inputs["heldout"])
     summary = json.loads(merged["recovery"].read_text())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.redaction import redact, redact_logs, with_quoted_password
+from tasks.tracking.redaction import redact, redact_logs, with_quoted_password
 
 PASSWORD = "s3cr/et@99?x"
 ADDRESSES = [

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from tasks import registry
-from tasks.code_files import HOW_NOT_WHAT, code_files
 from tasks.params import SECTIONS
+from tasks.provenance.code_files import HOW_NOT_WHAT, code_files
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [step.name for step in registry.STEPS]

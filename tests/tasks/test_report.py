@@ -20,9 +20,10 @@ from safetensors.numpy import load_file, save_file
 from nirvana.errors import InputError
 from nirvana.plan import Plan
 from nirvana.plan_summary import requested_rates
-from tasks import plots, registry, report
+from tasks import registry, report
 from tasks.params import Params, flatten, load_params, restrict
-from tasks.plots import figures, written
+from tasks.pictures import plots
+from tasks.pictures.plots import figures, written
 
 ROOT = Path(__file__).parents[2]
 

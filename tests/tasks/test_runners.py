@@ -16,11 +16,11 @@ import torch
 import toy_workers
 
 from nirvana.errors import InputError
-from tasks import runners
-from tasks.jobs import Job, Outcome, WorkerError, attempt
 from tasks.params import Runtime
-from tasks.process_pool import run_in_processes
-from tasks.runners import slot_devices
+from tasks.workers import runners
+from tasks.workers.jobs import Job, Outcome, WorkerError, attempt
+from tasks.workers.process_pool import run_in_processes
+from tasks.workers.runners import slot_devices
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -81,8 +81,8 @@ def test_slots_are_spread_over_the_gpus(device, slots, gpus, expected):
 
 
 def test_dask_workers_are_spread_over_the_gpus_of_their_machine():
-    from tasks.dask_pool import worker_devices
-    from tasks.dask_worker import Place
+    from tasks.workers.dask_pool import worker_devices
+    from tasks.workers.dask_worker import Place
 
     places = [Place("b", "one", 2, None), Place("c", "two", 1, None), Place("a", "one", 2, None)]
     assert worker_devices(torch.device("cuda"), places) == {"a": "cuda:0", "b": "cuda:1", "c": "cuda"}
@@ -243,7 +243,7 @@ def test_scheduler_of_others_gives_the_same_and_loses_nothing(dask_machine, tmp_
     ],
 )
 def test_worker_that_differs_is_refused_before_any_job(change, expected, dask_machine, tmp_path, monkeypatch):
-    from tasks import dask_pool
+    from tasks.workers import dask_pool
 
     ours = dask_pool.likeness
     monkeypatch.setattr(dask_pool, "likeness", lambda *args: replace(ours(*args), **change))
@@ -266,7 +266,7 @@ def test_worker_that_joins_late_says_what_is_wrong_with_it(dask_machine, tmp_pat
 
 @pytest.mark.slow
 def test_scheduler_that_is_not_there_is_named(tmp_path, monkeypatch):
-    from tasks import dask_cluster
+    from tasks.workers import dask_cluster
 
     assert dask_cluster.CONNECT_SECONDS <= 20
     monkeypatch.setattr(dask_cluster, "CONNECT_SECONDS", 3)
@@ -278,7 +278,7 @@ def test_scheduler_that_is_not_there_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_scheduler_without_workers_and_one_that_goes_away(tmp_path, monkeypatch):
-    from tasks import dask_pool
+    from tasks.workers import dask_pool
 
     address = f"tcp://127.0.0.1:{_free_port()}"
     runtime = replace(DASK, scheduler=address)

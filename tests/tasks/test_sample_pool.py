@@ -14,9 +14,9 @@ from tiny import tiny_corpus, tiny_llama, tiny_t5
 
 from nirvana.errors import InputError
 from tasks import sample_pool
-from tasks.documents import Document, read_documents, write_documents
+from tasks.corpus.documents import Document, read_documents, write_documents
+from tasks.corpus.span_corruption import HALVES, SPANS, PairMaker
 from tasks.sample_pool import Encoder, documents_of, draw, draw_candidates, run, split_documents
-from tasks.span_corruption import HALVES, SPANS, PairMaker
 
 NAMES = ("calibration.pool_size", "calibration.sequences", "calibration.sequence_length")
 

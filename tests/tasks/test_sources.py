@@ -14,10 +14,10 @@ from tiny import tiny_llama
 from nirvana.errors import InputError
 from nirvana.weight_names import INDEX_NAME, weight_names
 from nirvana.weights import weight_files
-from tasks import pypi
-from tasks.gguf_model import convert_gguf
-from tasks.model_directory import check_model_directory, check_safetensors, vocabulary_size, wanted_files
-from tasks.sources import HubSource, PathSource, PypiSource, parse_source
+from tasks.sources import pypi
+from tasks.sources.gguf_model import convert_gguf
+from tasks.sources.model_directory import check_model_directory, check_safetensors, vocabulary_size, wanted_files
+from tasks.sources.source import HubSource, PathSource, PypiSource, parse_source
 
 
 @pytest.mark.parametrize(
@@ -391,5 +391,6 @@ def test_cut_off_gguf_file(tmp_path):
 
 
 def test_parsing_needs_no_heavy_import():
-    code = "import sys, tasks.sources, tasks.pypi; sys.exit(any(m in sys.modules for m in ('torch', 'datasets')))"
+    heavy = "any(m in sys.modules for m in ('torch', 'datasets'))"
+    code = f"import sys, tasks.sources.source, tasks.sources.pypi; sys.exit({heavy})"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0

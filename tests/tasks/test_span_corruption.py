@@ -5,7 +5,7 @@ import pytest
 from tiny import t5_configs, tiny_t5_tokenizer
 
 from nirvana.errors import InputError
-from tasks.span_corruption import HALVES, SPANS, PairMaker, span_counts
+from tasks.corpus.span_corruption import HALVES, SPANS, PairMaker, span_counts
 
 SENTINELS = tuple(range(900, 1000))
 MAKER = PairMaker(SENTINELS, eos=1, start=0)

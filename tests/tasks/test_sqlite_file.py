@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.sqlite_file import database_fault
+from tasks.tracking.sqlite_file import database_fault
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from pyarrow import ipc, parquet
 
 from nirvana.errors import InputError
-from tasks.documents import Document
-from tasks.pieces import Cutting
-from tasks.text_files import expand, read_files
-from tasks.text_rows import json_rows, texts
+from tasks.corpus.documents import Document
+from tasks.corpus.pieces import Cutting
+from tasks.corpus.text_files import expand, read_files
+from tasks.corpus.text_rows import json_rows, texts
 
 ROWS = [{"id": number, "text": f"This is row {number}."} for number in range(5)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)

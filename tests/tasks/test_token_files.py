@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from nirvana.errors import InputError
-from tasks.token_files import read_ids
+from tasks.corpus.token_files import read_ids
 
 
 def write(path, **shapes):

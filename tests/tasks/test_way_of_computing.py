@@ -7,11 +7,11 @@ import pytest
 import torch
 from tiny import tiny_llama
 
-from nirvana import estimate
-from nirvana.estimate import Sizes, Workload, choose
-from nirvana.estimate_memory import fisher_bytes
+from nirvana.estimate import steps as estimate
+from nirvana.estimate.memory import fisher_bytes
+from nirvana.estimate.steps import Sizes, Workload, choose
 from tasks.params import Runtime
-from tasks.way_of_computing import workers_of
+from tasks.workers.way_of_computing import workers_of
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 AUTO = Runtime("auto", "auto", "auto", "processes", "auto", None)

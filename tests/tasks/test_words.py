@@ -74,7 +74,7 @@ def test_a_draw_that_cannot_be_had_names_the_keys_to_lower() -> None:
 
     from nirvana.errors import InputError
     from tasks import sample_pool
-    from tasks.documents import Document
+    from tasks.corpus.documents import Document
     from tasks.params import load_params
 
     params = load_params(ROOT / "params.yaml")

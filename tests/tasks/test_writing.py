@@ -6,10 +6,10 @@ import random
 import pytest
 
 from nirvana.errors import InputError
-from tasks.cloze import cloze_items, count_cloze_items, write_cloze_task
-from tasks.continuation import continuation_items, count_continuation_items
-from tasks.documents import Document
-from tasks.writing import Writing, is_word
+from tasks.corpus.documents import Document
+from tasks.corpus.writing import Writing, is_word
+from tasks.evaluation.cloze import cloze_items, count_cloze_items, write_cloze_task
+from tasks.evaluation.continuation import continuation_items, count_continuation_items
 
 NOUNS = {
     "zh": ["农民", "铁路", "政府", "河流", "学校", "市场", "法律", "军队"],
@@ -133,7 +133,7 @@ def test_a_target_within_chinese_is_scored_whole(tmp_path):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    from tasks.lm_eval_model import ContinuationLM
+    from tasks.evaluation.lm_eval_model import ContinuationLM
 
     pieces = ["修", "建", "铁", "路", "建铁", "建铁路", "[UNK]"]
     tokenizer = Tokenizer(

@@ -1,0 +1,1 @@
+"""Pruned checkpoints as files that other tools load, one format a file."""

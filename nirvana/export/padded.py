@@ -1,0 +1,98 @@
+"""`padded`: the checkpoint's weights put back into the dense shape, zero where units are gone.
+
+Kept units go to the places they had in the dense model, not to the front. Every query head then still reads its own
+KV head, in every layer and whatever their number; the file can be compared with the dense one entry by entry; and a
+tool that adds back removed units finds their places free.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nirvana.architectures.site import Slot
+from nirvana.checkpoint.config import both_spellings, own_head
+from nirvana.checkpoint.safetensors_stream import stream_safetensors
+from nirvana.checkpoint.tokenizer import carry
+from nirvana.config_values import config_values
+from nirvana.errors import InputError
+from nirvana.export.hf import TOLERANCE, every_position, measure_in_transformers
+from nirvana.export.source import Format, Options, Source, check_space
+from nirvana.files import write_json
+from nirvana.plan import Plan
+from nirvana.weights import INDEX_NAME, WEIGHTS_NAME
+
+
+def _prepare(source: Source, options: Options) -> None:
+    model_type = source.dense.architecture.config.model_type
+    if model_type != source.dense.architecture.model_type:
+        raise InputError(
+            f"padded: expected a dense model of a stock class, got {model_type}; a model that was itself pruned has no "
+            "uniform shape to go back to: export it with --to hf"
+        )
+
+
+def _write(source: Source, options: Options, directory: Path) -> Plan:
+    dense = source.dense.weights
+    check_space(directory, sum(file.stat().st_size for file in set(dense.file_of.values())))
+    config = {key: value for key, value in config_values(source.model).items() if key != "auto_map"}
+    config |= both_spellings(source.dense.architecture, config) | own_head(source.dense)
+    write_json(directory / "config.json", config)
+    padding = _Padding(source)
+    files: dict[str, list[str]] = {}
+    for name in filter(source.dense.is_parameter, sorted(dense)):
+        files.setdefault(dense.file_of[name].name, []).append(name)
+    for file_name, names in sorted(files.items()):
+        described = {name: (dense.dtype(name), dense.shape(name)) for name in names}
+        stream_safetensors(directory / file_name, described, padding)
+    if list(files) != [WEIGHTS_NAME]:  # a single shard of another name is found by its index only
+        weight_map = {name: file_name for file_name, names in files.items() for name in names}
+        total = sum(dense[name].nbytes for name in weight_map)
+        write_json(directory / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    carry(source.checkpoint, directory, source.tokenizer())
+    return source.plan
+
+
+class _Padding:
+    """Return parameters of the checkpoint in their dense shape, by name."""
+
+    def __init__(self, source: Source):
+        self._dense, self._pruned = source.dense.weights, source.pruned.weights
+        self._gone: dict[str, list[tuple[Slot, np.ndarray]]] = {}
+        self._shared: set[str] = set()
+        keep = source.plan.keep
+        for site in source.dense.architecture.sites():
+            units = np.setdiff1d(np.arange(site.units), keep[site.name])
+            for slot in site.slots:
+                if slot.stored_as is not None:
+                    self._shared |= {slot.parameter, slot.stored_as}
+                elif len(units):
+                    rows = slot.base + units[:, None] * slot.block + np.arange(slot.block)
+                    self._gone.setdefault(slot.parameter, []).append((slot, rows.ravel()))
+
+    def __call__(self, name: str) -> Tensor:
+        # A table that layers share is dense in every shape: where a unit's values are zero, its bias reaches nothing.
+        if name in self._shared or name not in self._pruned:
+            return self._dense[name]
+        shape, kept = self._dense.shape(name), self._pruned[name]
+        if name not in self._gone:
+            return kept
+        index: list[Tensor | slice] = [slice(None)] * len(shape)
+        staying = [np.ones(size, dtype=bool) for size in shape]
+        for slot, rows in self._gone[name]:
+            staying[slot.dim][rows] = False
+        (dim,) = {slot.dim for slot, _ in self._gone[name]}
+        index[dim] = torch.from_numpy(np.flatnonzero(staying[dim]))
+        padded = torch.zeros(shape, dtype=kept.dtype)
+        padded[tuple(index)] = kept
+        return padded
+
+
+FORMAT = Format(
+    prepare=_prepare,
+    write=_write,
+    measure=measure_in_transformers,
+    positions=every_position,
+    relative_tolerance=lambda options: TOLERANCE,
+)

@@ -1,0 +1,168 @@
+"""Every method that a study may compare: how it scores, how it spends a budget, and its scores kept on disk.
+
+A sweep over ratios, gammas or roundings asks for the same saliency again and again; it is computed once.
+"""
+
+import inspect
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from nirvana import baselines
+from nirvana.allocation import Keep, Rule, allocate
+from nirvana.architectures.site import Site
+from nirvana.baselines.same_share import allocate_same_share, protected_layers
+from nirvana.errors import InputError
+from nirvana.files import atomic_file
+from nirvana.methods import Method, Scoring
+from nirvana.walk import Ids, Stack
+from studies import scorers
+from studies.store import STUDIES, study_key
+
+Tensors = dict[str, NDArray[Any]]
+SHORTGPT = "shortgpt"
+"""It removes whole layers: no method of units, see `nirvana.baselines.shortgpt`."""
+SLICEGPT = "slicegpt"
+"""It removes directions of the residual stream: no method of units, see `nirvana.baselines.slicegpt`."""
+WITHOUT_UNITS = (SHORTGPT, SLICEGPT)
+METHODS: dict[str, Method] = {
+    "nirvana": Method("nirvana", scorers.nirvana, "modules", gamma=3.36, source="arXiv 2509.14230"),
+    "fisher": Method(
+        "fisher",
+        scorers.fisher,
+        "joint",
+        attention_factor=2.0,
+        source="mask Fisher, arXiv 2204.09656; see nirvana.fisher",
+    ),
+    **baselines.METHODS,
+}
+NAMES = (*METHODS, *WITHOUT_UNITS)
+SEEDED = frozenset({"fisher", "random"})
+"""Those whose scores depend on the seed: of the labels, of the draw."""
+FOLDER = "compare"
+"""Where scores are kept, whatever study asks for them."""
+
+
+def method_named(name: str) -> Method:
+    """Return one of `METHODS`.
+
+    Raises:
+        InputError: If there is none of that name, or it is one that removes no units.
+    """
+    if name in WITHOUT_UNITS:
+        raise InputError(f"methods: expected some that remove units, got {name}; leave it out")
+    if name not in METHODS:
+        raise InputError(f"methods: expected some of {', '.join(NAMES)}, got {name!r}; correct the name")
+    return METHODS[name]
+
+
+def allocate_for(
+    method: Method,
+    sites: Sequence[Site],
+    saliency: Mapping[str, NDArray[np.float32]],
+    ratio: float,
+    round_to: int = 8,
+    rule: Rule = "exact",
+) -> Keep:
+    """Return which units stay when a method has to meet a ratio.
+
+    Args:
+        method: Its ranking, gamma, attention factor and protected layers decide.
+        sites: Where units live, in walk order.
+        saliency: Unit saliency by site name.
+        ratio: Share of all block weights that leaves, protected layers included.
+        round_to: Kept neurons of a layer are a multiple of this (or all of them).
+        rule: How ranking `modules` counts; see `nirvana.allocation.allocate`.
+
+    Raises:
+        InputError: If the ratio cannot be reached, or no layer is left to prune.
+    """
+    layers = sorted({site.layer for site in sites})
+    protected = protected_layers(method.protected, len(layers))
+    if method.ranking == "layers":
+        return allocate_same_share(sites, saliency, ratio, method.gamma, round_to, protected)
+    inner = [site for site in sites if site.layer in layers[protected[0] : len(layers) - protected[1]]]
+    if not inner:
+        raise InputError(f"{method.name}: expected layers beside the {sum(protected)} protected ones, got none")
+    share = ratio * (sum(site.weights for site in sites) / sum(site.weights for site in inner))
+    whole = {site.name: np.arange(site.units, dtype=np.int64) for site in sites}
+    return whole | allocate(
+        inner,
+        saliency,
+        share,
+        method.gamma,
+        round_to,
+        rule,
+        ranking=method.ranking,
+        attention_factor=method.attention_factor,
+    )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Unit saliency by site name, and the seconds that it took when it was computed."""
+
+    saliency: dict[str, NDArray[np.float32]]
+    seconds: float
+
+
+def scores_of(
+    method: Method,
+    open_stack: Callable[[], Stack],
+    model: str,
+    ids: Ids,
+    calibration: str,
+    seed: int = 0,
+    microbatch: int = 2,
+) -> Scores:
+    """Return a method's saliency on a calibration set, computed once for all studies.
+
+    Args:
+        method: What scores.
+        open_stack: Opens the dense model; not called where the scores are known.
+        model: The model's digest.
+        ids: Calibration sequences.
+        calibration: Their digest.
+        seed: Of what the method draws, if anything.
+        microbatch: Sequences a forward where gradients are wanted.
+    """
+    parts: dict[str, Any] = {"kind": "saliency", "method": method.name, "model": model, "calibration": calibration}
+    parts["seed"] = seed if method.name in SEEDED else 0
+
+    def compute() -> Tensors:
+        found = method.scorer(open_stack(), ids, Scoring(microbatch, seed))
+        return {name: values.numpy() for name, values in found.items()}
+
+    return Scores(*cached_tensors(parts, method.scorer, compute))
+
+
+def cached_tensors(parts: Mapping[str, Any], code: Any, compute: Callable[[], Tensors]) -> tuple[Tensors, float]:
+    """Return tensors and the seconds they took: the file's if there is one, else computed and kept.
+
+    Args:
+        parts: Everything that they depend on and JSON can hold.
+        code: The function behind them, whose module's code becomes part of the key.
+        compute: Returns them.
+    """
+    file = STUDIES / FOLDER / f"{study_key({'study': FOLDER, **parts}, inspect.unwrap(code))}.safetensors"
+    with suppress(SafetensorError, OSError, KeyError, TypeError, ValueError):  # missing or broken: computed again
+        return _read(file)
+    start = time.monotonic()
+    tensors = {name: np.ascontiguousarray(values) for name, values in compute().items()}
+    with atomic_file(file) as temporary:
+        save_file(tensors, temporary, metadata={"seconds": f"{time.monotonic() - start:.3f}"})
+        temporary.chmod(0o644)
+    return _read(file)
+
+
+def _read(file: Path) -> tuple[Tensors, float]:
+    with safe_open(file, framework="np") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}, float(opened.metadata()["seconds"])

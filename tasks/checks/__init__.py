@@ -1,0 +1,1 @@
+"""What can be known of model and text before anything is computed."""

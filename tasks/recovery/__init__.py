@@ -1,0 +1,1 @@
+"""What the recover step does when it is asked to."""

@@ -1,0 +1,1 @@
+"""Processes: the one of a step, and those that compute candidates beside it."""
