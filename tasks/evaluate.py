@@ -14,4 +14,4 @@ if TYPE_CHECKING:
 def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
     """Write token perplexity and one metric a task, and beside it lm-eval's own results."""
     with judged_checkpoint(inputs["checkpoint"], inputs["recovered"]) as checkpoint:
-        evaluate_checkpoint(params, checkpoint, inputs["evaluation"], outputs["evaluation"], outputs["lm_eval"])
+        evaluate_checkpoint(params, checkpoint, inputs["evaluation_data"], outputs["evaluation"], outputs["lm_eval"])

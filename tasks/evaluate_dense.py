@@ -13,5 +13,5 @@ if TYPE_CHECKING:
 def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
     """Write token perplexity and one metric a task, and beside it lm-eval's own results."""
     evaluate_checkpoint(
-        params, inputs["model"], inputs["evaluation"], outputs["evaluation_dense"], outputs["lm_eval_dense"]
+        params, inputs["model"], inputs["evaluation_data"], outputs["evaluation_dense"], outputs["lm_eval_dense"]
     )

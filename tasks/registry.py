@@ -100,7 +100,7 @@ STEPS: tuple[Step, ...] = (
             "candidates": Out("data/candidates.safetensors"),
             "heldout": Out("data/heldout.safetensors"),
             "compensation_corpus": Out("data/compensation_corpus.safetensors"),
-            "evaluation": Out("data/evaluation"),
+            "evaluation_data": Out("data/evaluation"),
         },
         ("calibration", "compensation.method", "compensation.sequences", "compensation.sequence_length", _PRESET),
     ),
@@ -162,7 +162,7 @@ STEPS: tuple[Step, ...] = (
     ),
     Step(
         "evaluate_dense",
-        ("model", "evaluation"),
+        ("model", "evaluation_data"),
         {
             "evaluation_dense": Out("reports/evaluation_dense.json", metric=True),
             "lm_eval_dense": Out("reports/lm_eval_dense.json"),
@@ -172,9 +172,9 @@ STEPS: tuple[Step, ...] = (
     ),
     Step(
         "evaluate",
-        ("checkpoint", "recovered", "evaluation"),
+        ("checkpoint", "recovered", "evaluation_data"),
         {
-            "evaluation_pruned": Out("reports/evaluation.json", metric=True),
+            "evaluation": Out("reports/evaluation.json", metric=True),
             "lm_eval": Out("reports/lm_eval.json"),
         },
         ("evaluation", "compute"),
@@ -199,7 +199,7 @@ STEPS: tuple[Step, ...] = (
             "divergence",
             "recovery",
             "recovery_curve",
-            "evaluation_pruned",
+            "evaluation",
             "evaluation_dense",
             "benchmark",
         ),
@@ -218,7 +218,7 @@ STEPS: tuple[Step, ...] = (
             "divergence",
             "recovery",
             "recovery_curve",
-            "evaluation_pruned",
+            "evaluation",
             "evaluation_dense",
             "lm_eval",
             "lm_eval_dense",
@@ -260,20 +260,10 @@ def step(name: str) -> Step:
 
 
 def paths(name: str) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Return a step's inputs and outputs, each by its name.
-
-    The pruned model's evaluation and the evaluation text are both an `evaluation`, in different steps: a step that
-    reads or writes only one of the two calls it so.
-    """
+    """Return a step's inputs and outputs, each by its name."""
     every = {out: Path(declared.path) for each in STEPS for out, declared in each.outs.items()}
     chosen = step(name)
-    inputs = {_local_name(key): every[key] for key in chosen.inputs}
-    outputs = {_local_name(key): Path(out.path) for key, out in chosen.outs.items()}
-    return inputs, outputs
-
-
-def _local_name(key: str) -> str:
-    return "evaluation" if key == "evaluation_pruned" else key
+    return {key: every[key] for key in chosen.inputs}, {key: Path(out.path) for key, out in chosen.outs.items()}
 
 
 def stage(declared: Step, root: Path | str = ".") -> dict[str, Any]:

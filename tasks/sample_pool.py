@@ -79,7 +79,7 @@ def run(params: Params, inputs: Mapping[str, Path], outputs: Mapping[str, Path])
     made = {name: _tensors(ids, pairs, batch.order) for name, (batch, ids) in drawn.items()}
     for name, (batch, _) in drawn.items():
         save_ids(made[name], batch.documents, outputs[name])
-    with atomic_directory(outputs["evaluation"]) as directory:
+    with atomic_directory(outputs["evaluation_data"]) as directory:
         write_documents(directory / "documents.jsonl", splits["evaluation"])
     _LOG.info("pool of %s tokens from %d documents", pool.input_ids.shape, sum(map(len, pool.documents)))
 

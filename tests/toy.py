@@ -126,8 +126,6 @@ REPORTS = {
                        "achieved_ratio": {"total": x, "attention": x, "mlp": x}, "sites": []},
 }
 """
-# data/evaluation is a directory although its name is a report's
-_TOY = _TOY.replace("if key in REPORTS:", 'if key in REPORTS and path.suffix == ".json":')
 
 _STEP = '''"""Toy."""
 from dataclasses import astuple, is_dataclass

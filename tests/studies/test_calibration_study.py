@@ -103,7 +103,7 @@ def small_params(**changed):
 def test_candidates_are_the_pipelines(seed, model_directory, documents, tmp_path):
     params = small_params(seed=seed)
     outputs = {name: tmp_path / f"{name}.safetensors" for name in ("candidates", "heldout", "compensation_corpus")}
-    outputs["evaluation"] = tmp_path / "evaluation"
+    outputs["evaluation_data"] = tmp_path / "evaluation"
     sample_pool.run(params, {"model": model_directory, "corpus": documents}, outputs)
     found = corpus_source(params, model_directory, documents, tokens=300)
     theirs = load_file(outputs["candidates"])["input_ids"]

@@ -52,7 +52,7 @@ def _params(**changes: object) -> SimpleNamespace:
 def _evaluate(model: Path, documents: Path, folder: Path, **changes: object) -> tuple[Path, Path]:
     outputs = {"evaluation": folder / "evaluation.json", "lm_eval": folder / "lm_eval.json"}
     write_form(documents, "none")
-    inputs = {"checkpoint": model, "recovered": documents, "evaluation": documents}
+    inputs = {"checkpoint": model, "recovered": documents, "evaluation_data": documents}
     evaluate.run(_params(**changes), inputs, outputs)
     return outputs["evaluation"], outputs["lm_eval"]
 
@@ -101,7 +101,7 @@ def test_raw_results_are_kept_without_what_changes(results, tmp_path):
 
 def test_both_steps_twice_give_the_same_bytes(results, model, documents, tmp_path):
     outputs = {"evaluation_dense": tmp_path / "dense.json", "lm_eval_dense": tmp_path / "lm_eval_dense.json"}
-    evaluate_dense.run(_params(), {"model": model, "evaluation": documents}, outputs)
+    evaluate_dense.run(_params(), {"model": model, "evaluation_data": documents}, outputs)
     assert outputs["evaluation_dense"].read_bytes() == results[0].read_bytes()
     assert outputs["lm_eval_dense"].read_bytes() == results[1].read_bytes()
 

@@ -45,7 +45,7 @@ def test_dense_and_pruned_are_judged_on_the_same_tokens(name, class_name, config
     )
     runtime = SimpleNamespace(device="cpu", execution="auto", memory="auto", workers=1, scheduler=None)
     params = SimpleNamespace(evaluation=asked, runtime=runtime)
-    inputs = {"model": dense, "evaluation": tmp_path / "evaluation"}
+    inputs = {"model": dense, "evaluation_data": tmp_path / "evaluation"}
     outputs = {key: tmp_path / f"{key}.json" for key in ("evaluation_dense", "lm_eval_dense", "evaluation", "lm_eval")}
     evaluate_dense.run(params, inputs, outputs)
     inputs |= {"checkpoint": tmp_path / "pruned", "recovered": tmp_path / "recovered"}

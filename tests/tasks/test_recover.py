@@ -63,7 +63,7 @@ def make_inputs(root: Path, model: Path) -> dict[str, Path]:
         heldout_length=16,
         repeated=0.0,
     )
-    names = ("corpus", "candidates", "heldout", "compensation_corpus", "evaluation", "checkpoint")
+    names = ("corpus", "candidates", "heldout", "compensation_corpus", "evaluation_data", "checkpoint")
     inputs = {name: root / name for name in names}
     inputs["model"] = model
     compensation = SimpleNamespace(method="none", sequence_length=16)

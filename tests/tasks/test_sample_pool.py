@@ -267,7 +267,7 @@ def sample(model, corpus, target, **changes):
         "candidates": target / "candidates.safetensors",
         "heldout": target / "heldout.safetensors",
         "compensation_corpus": target / "compensation.safetensors",
-        "evaluation": target / "evaluation",
+        "evaluation_data": target / "evaluation",
     }
     run(params, {"model": model, "corpus": corpus}, outputs)
     return outputs
@@ -281,7 +281,7 @@ def test_the_source_of_a_document_goes_with_it(model, corpus, tmp_path):
     outputs = sample(model, tmp_path / "corpus", tmp_path / "out")
     batches = documents_of(outputs["candidates"])
     assert [sum(name.startswith("1:") for name in batch) for batch in batches] == [2, 2, 2]
-    judged = read_documents(outputs["evaluation"] / "documents.jsonl")
+    judged = read_documents(outputs["evaluation_data"] / "documents.jsonl")
     assert {each.source for each in judged} == {0, 1}
     assert all((each.source == 1) == each.id.startswith("1:") for each in judged)
 
@@ -299,7 +299,7 @@ def test_step_writes_disjoint_parts(model, corpus, tmp_path):
             used += [document for batch in json.loads(file.metadata()["documents"]) for document in batch]
         assert ids.shape == shape and ids.dtype == np.int64
         assert (ids[..., 0] == 0).all() and (ids[..., 1:] > 1).all()
-    evaluation = read_documents(outputs["evaluation"] / "documents.jsonl")
+    evaluation = read_documents(outputs["evaluation_data"] / "documents.jsonl")
     used += [document.id for document in evaluation]
     assert len(used) == len(set(used))
     texts = {document.id: document.text for document in read_documents(corpus / "documents.jsonl")}
@@ -310,13 +310,13 @@ def test_step_repeats_byte_for_byte_and_keeps_evaluation_apart(model, corpus, tm
     first = sample(model, corpus, tmp_path / "a")
     again = sample(model, corpus, tmp_path / "b")
     other = sample(model, corpus, tmp_path / "c", pool_size=2, seed=5)
-    for name, file in (("candidates", ""), ("heldout", ""), ("evaluation", "documents.jsonl")):
+    for name, file in (("candidates", ""), ("heldout", ""), ("evaluation_data", "documents.jsonl")):
         assert digest(first[name] / file if file else first[name]) == digest(
             again[name] / file if file else again[name]
         )
     assert digest(first["candidates"]) != digest(other["candidates"])
     assert digest(first["heldout"]) == digest(other["heldout"])
-    assert digest(first["evaluation"] / "documents.jsonl") == digest(other["evaluation"] / "documents.jsonl")
+    assert digest(first["evaluation_data"] / "documents.jsonl") == digest(other["evaluation_data"] / "documents.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -435,4 +435,6 @@ def test_some_sequences_say_a_thing_twice(model, corpus, tmp_path):
         assert all(np.flatnonzero(batch).tolist() == rows for batch in twice)
         assert (before[..., :9] == after[..., :9]).all()
     assert digest(plain["heldout"]) == digest(outputs["heldout"])
-    assert digest(plain["evaluation"] / "documents.jsonl") == digest(outputs["evaluation"] / "documents.jsonl")
+    assert digest(plain["evaluation_data"] / "documents.jsonl") == digest(
+        outputs["evaluation_data"] / "documents.jsonl"
+    )
