@@ -19,7 +19,8 @@ from nirvana.errors import InputError
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 _BLOCK = re.compile(r"<!-- table (\w+) -->\n.*?<!-- end of table -->", re.DOTALL)
-_NUMBER = re.compile(r"-?\d")
+_NUMBER = re.compile(r"-?\d[^a-z]*")
+"""Cell of a number with its interval, unit or mark, and without words."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,12 @@ def read_tables(folder: Path) -> dict[str, Table]:
 def as_markdown(table: Table) -> str:
     """Return the line on where a table comes from, and its rows; columns of numbers are aligned right."""
     source = f"`{table.command}`" if table.command else "script not kept"
-    facts = (source, table.model, table.tokens, table.duration)
-    columns = list(zip(*table.rows[1:], strict=True))
-    right = [all(_NUMBER.match(cell) for cell in cells if cell) for cells in columns]
-    lines = [table.rows[0], ["---:" if each else "---" for each in right], *table.rows[1:]]
-    return (
-        "*"
-        + table.title
-        + ".* "
-        + " · ".join(fact for fact in facts if fact)
-        + "\n\n"
-        + "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    )
+    facts = " · ".join(fact for fact in (source, table.model, table.tokens, table.duration) if fact)
+    header, *body = table.rows
+    numbers = [all(_NUMBER.fullmatch(cell) for cell in column if cell) for column in zip(*body, strict=True)]
+    rows = [header, ["---:" if each else "---" for each in numbers], *body]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([f"*{table.title}.* {facts}", "", *lines])
 
 
 def rendered(page: str, tables: Mapping[str, Table]) -> str:

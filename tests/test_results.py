@@ -40,14 +40,14 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_columns_of_numbers_are_aligned_right_and_empty_cells_stay_empty():
-    rows = [["method", "loss", "mixed"], ["a|b", "-0.1 [-0.2, 0.0]", "1"], ["c", "", "none"]]
+    rows = [["method", "loss", "mixed"], ["a|b", "-0.1 [-0.2, 0.0]", "1"], ["c", "", "2 sums"]]
     assert as_markdown(table(rows)).splitlines() == [
         "*Title.* `make run` · a model · ten tokens",
         "",
         "| method | loss | mixed |",
         "| --- | ---: | --- |",
         "| a\\|b | -0.1 [-0.2, 0.0] | 1 |",
-        "| c |  | none |",
+        "| c |  | 2 sums |",
     ]
 
 
