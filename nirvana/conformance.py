@@ -25,6 +25,7 @@ from nirvana.errors import InputError
 from nirvana.export.parity import MaskedWeights
 from nirvana.export.parity_ids import read_tokenizer
 from nirvana.files import read_json, write_json
+from nirvana.head import head_logits
 from nirvana.loading import auto_class, load_model
 from nirvana.plan import Plan
 from nirvana.solved import compensated_parameters
@@ -276,12 +277,9 @@ def _walk(stack: Stack, shown: Sequence[int], texts: Sequence[Ids], rounded: boo
         for left, each in zip(outputs, streams, strict=True):
             left[layer] = each[architecture.written_stream(layer)]
     head = stack.head_weight()[:_HEAD_ROWS].float()
-    result = []
-    for left, each in zip(outputs, streams, strict=True):
-        logits = stack.head_input(each)[0, -_HEAD_POSITIONS:] @ head.T
-        cap = architecture.logit_softcap
-        result.append(_Outputs(left, logits if cap is None else cap * torch.tanh(logits / cap)))
-    return result
+    ends = [stack.head_input(each)[0, -_HEAD_POSITIONS:] for each in streams]
+    logits = [head_logits(end, head, architecture.logit_softcap) for end in ends]
+    return [_Outputs(left, each) for left, each in zip(outputs, logits, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)

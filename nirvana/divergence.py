@@ -18,13 +18,9 @@ from torch import Tensor
 
 from nirvana.architectures.architecture import Streams
 from nirvana.errors import InputError
+from nirvana.head import head_divergence
 from nirvana.slicing import Slicer
 from nirvana.walk import FORWARD_TOKENS, Hidden, Ids, Stack, as_streams, microbatches, part_of, walk_forward
-
-VOCAB_CHUNK = 4096
-"""Head rows at a time."""
-POSITION_CHUNK = 128
-"""Positions at a time: two blocks of 128 × 4096 logits take 4 MB and stay in cache."""
 
 
 @torch.no_grad()
@@ -112,60 +108,3 @@ def kl_divergence(
     return head_divergence(
         dense.flatten(0, 1), pruned.flatten(0, 1), stack.head_weight(), stack.architecture.logit_softcap
     )
-
-
-@torch.no_grad()
-def head_divergence(
-    dense: Float[Tensor, "positions hidden"],
-    pruned: Float[Tensor, "positions hidden"],
-    head: Float[Tensor, "vocab hidden"],
-    softcap: float | None = None,
-) -> float:
-    """Return the mean KL between the distributions that one head gives for two sets of hidden states.
-
-    With z, y the dense and pruned logits: KL = Σ_v P(v)·(z_v − y_v) − logsumexp(z) + logsumexp(y).
-
-    Returns:
-        Nats a position. Row sums are kept in float64.
-    """
-    blocks = [slice(start, start + POSITION_CHUNK) for start in range(0, dense.shape[0], POSITION_CHUNK)]
-    states = [_RunningKL(dense[block], pruned[block], softcap) for block in blocks]
-    for start in range(0, head.shape[0], VOCAB_CHUNK):
-        rows = head[start : start + VOCAB_CHUNK].to(device=dense.device, dtype=torch.float32)
-        for state in states:
-            state.add(rows)
-    return float(torch.cat([state.result() for state in states]).mean())
-
-
-class _RunningKL:
-    """KL of a block of positions over the vocabulary chunks seen so far."""
-
-    def __init__(self, dense: Tensor, pruned: Tensor, softcap: float | None):
-        self._dense, self._pruned, self._softcap = dense, pruned, softcap
-        # The pruned distribution needs only its normaliser, the dense one also Σ exp(z − peak)·(z − y).
-        zeros = torch.zeros(dense.shape[0], dtype=torch.float64, device=dense.device)
-        lowest = torch.full_like(zeros, -torch.inf)
-        self._dense_peak, self._dense_sum, self._difference = lowest, zeros, zeros
-        self._pruned_peak, self._pruned_sum = lowest, zeros
-
-    def add(self, rows: Tensor) -> None:
-        z, y = self._dense @ rows.T, self._pruned @ rows.T
-        if self._softcap is not None:
-            z, y = (self._softcap * torch.tanh(logits / self._softcap) for logits in (z, y))
-        peak = torch.maximum(self._dense_peak, z.amax(dim=1).double())
-        weight = torch.exp(z - peak.float()[:, None])
-        # what was summed relative to the old peak, rescaled to the new one
-        shrink = torch.exp(self._dense_peak - peak.float().double())
-        self._dense_sum = self._dense_sum * shrink + weight.sum(dim=1, dtype=torch.float64)
-        z -= y
-        self._difference = self._difference * shrink + torch.linalg.vecdot(weight, z).double()
-        self._dense_peak = peak.float().double()
-        peak = torch.maximum(self._pruned_peak, y.amax(dim=1).double())
-        y -= peak.float()[:, None]
-        self._pruned_sum = self._pruned_sum * torch.exp(self._pruned_peak - peak) + y.exp_().sum(dim=1).double()
-        self._pruned_peak = peak
-
-    def result(self) -> Float[Tensor, " positions"]:
-        dense_normaliser = self._dense_peak + torch.log(self._dense_sum)
-        pruned_normaliser = self._pruned_peak + torch.log(self._pruned_sum)
-        return self._difference / self._dense_sum - dense_normaliser + pruned_normaliser

@@ -23,11 +23,10 @@ from torch import Tensor
 
 from nirvana.architectures.architecture import Streams
 from nirvana.errors import InputError
+from nirvana.head import sampled_label_gradients
 from nirvana.projections import OutputProjection, output_projections, recorded_inputs
-from nirvana.walk import Hidden, Ids, Stack, as_streams, microbatches, part_of, walk_forward
+from nirvana.walk import Ids, Stack, as_streams, microbatches, part_of, walk_forward
 
-VOCAB_CHUNK = 4096
-"""Head rows at a time."""
 DRAWS = 2
 """Label sequences drawn a calibration sequence; each is one more backward pass through the layers."""
 Masks = Literal["tokens", "sequences"]
@@ -155,51 +154,3 @@ def label_uniforms(positions: int, seed: int, sequence: int, draws: int) -> Floa
     generator = torch.Generator().manual_seed(seed * 1_000_003 + sequence)
     first = torch.rand(positions, generator=generator, dtype=torch.float64)
     return (first + torch.arange(draws, dtype=torch.float64)[:, None] / draws) % 1
-
-
-@torch.no_grad()
-def sampled_label_gradients(
-    normalised: Hidden,
-    head: Float[Tensor, "vocab hidden"],
-    uniforms: Float[Tensor, "draws batch tokens"],
-    softcap: float | None = None,
-) -> Float[Tensor, "draws batch tokens hidden"]:
-    """Return ∂ℓ/∂(what the head reads), a draw each, where each position's label is drawn from the head's distribution.
-
-    The logits are made twice for all draws, a chunk of the vocabulary at a time: for their normaliser, then for the
-    probabilities. The label is where the cumulative probability passes the position's uniform number.
-    """
-
-    def logits_and_rows(start: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        rows = head[start : start + VOCAB_CHUNK].to(device=hidden.device, dtype=torch.float32)
-        logits = hidden @ rows.T
-        return (logits if softcap is None else softcap * torch.tanh(logits / softcap)), rows
-
-    def capped(slope: Tensor, logits: Tensor) -> Tensor:
-        return slope if softcap is None else slope * (1 - (logits / softcap) ** 2)
-
-    gradients = normalised.new_empty(len(uniforms), *normalised.shape)
-    for index, hidden in enumerate(normalised):
-        starts = range(0, head.shape[0], VOCAB_CHUNK)
-        parts = [torch.logsumexp(logits_and_rows(start, hidden)[0].double(), dim=1) for start in starts]
-        normaliser = torch.logsumexp(torch.stack(parts), dim=0)
-        below = torch.zeros_like(normaliser)
-        # the last label must be reachable although the probabilities add up to 1 only nearly
-        targets = uniforms[:, index].double().clamp(max=1 - 1e-9)
-        expected, labels = torch.zeros_like(hidden), torch.zeros_like(gradients[:, index])
-        for start in starts:
-            logits, rows = logits_and_rows(start, hidden)
-            probabilities = torch.exp(logits.double() - normaliser[:, None])
-            cumulative = below[:, None] + probabilities.cumsum(dim=1)
-            last = start + VOCAB_CHUNK >= head.shape[0]
-            for target, at_label in zip(targets, labels, strict=True):
-                here = ((below <= target) & ((cumulative[:, -1] > target) | last)).nonzero().squeeze(1)
-                passed = torch.searchsorted(cumulative[here], target[here, None], right=True).squeeze(1)
-                label = passed.clamp(max=len(rows) - 1)
-                at_label[here] = (
-                    capped(torch.ones_like(here, dtype=torch.float32), logits[here, label])[:, None] * rows[label]
-                )
-            expected += capped(probabilities.float(), logits) @ rows
-            below = cumulative[:, -1]
-        gradients[:, index] = expected - labels
-    return gradients

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nirvana.divergence import dense_hidden_states
 from nirvana.errors import InputError
-from nirvana.likelihood import token_losses
+from nirvana.head import token_losses
 from nirvana.walk import Ids, Stack
 
 

@@ -27,11 +27,11 @@ from nirvana.baselines.slicegpt import slicegpt, slicegpt_hidden_states
 from nirvana.baselines.slicegpt_size import dimension_for, sliced_size
 from nirvana.calibration import calibration_digest
 from nirvana.compensation import RIDGE, compensate
-from nirvana.divergence import dense_hidden_states, head_divergence, pruned_hidden_states
+from nirvana.divergence import dense_hidden_states, pruned_hidden_states
 from nirvana.errors import InputError
 from nirvana.files import scratch_directory
+from nirvana.head import head_divergence, token_losses
 from nirvana.input_statistics import InputStatistics, input_statistics
-from nirvana.likelihood import token_losses
 from nirvana.methods import Method
 from nirvana.projections import output_projections
 from nirvana.slicing import Slicer

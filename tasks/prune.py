@@ -8,8 +8,9 @@ from tqdm import tqdm
 
 from nirvana.checkpoint.tokenizer import read_if_any
 from nirvana.device import resolve_device
-from nirvana.divergence import dense_hidden_states, head_divergence
+from nirvana.divergence import dense_hidden_states
 from nirvana.files import write_json
+from nirvana.head import head_divergence
 from nirvana.plan import Plan
 from nirvana.surgery import prune
 from nirvana.walk import Execution, Stack

@@ -21,12 +21,10 @@ from torch import Tensor
 from nirvana.architectures.site import Slot
 from nirvana.divergence import dense_hidden_states
 from nirvana.errors import InputError
+from nirvana.head import head_logits
 from nirvana.loading import load_model
 from nirvana.walk import Stack
 from nirvana.weights import WeightFiles
-
-VOCAB_CHUNK = 8192
-"""Head rows upcast at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +118,7 @@ def masked_logits(
     stack = Stack.open(model_directory, execution="streamed")
     masked = dataclasses.replace(stack, weights=MaskedWeights(stack, keep, updates))
     hidden = dense_hidden_states(masked, ids)[0, torch.from_numpy(positions)]
-    head = masked.head_weight()
-    chunks = [hidden @ head[start : start + VOCAB_CHUNK].float().T for start in range(0, head.shape[0], VOCAB_CHUNK)]
-    logits = torch.cat(chunks, dim=1)
-    cap = stack.architecture.logit_softcap
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    return head_logits(hidden, masked.head_weight(), stack.architecture.logit_softcap)
 
 
 @torch.no_grad()

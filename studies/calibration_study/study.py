@@ -21,9 +21,10 @@ from tqdm import tqdm
 from nirvana.allocation import Keep
 from nirvana.architectures.registry import architecture_for, read_config
 from nirvana.architectures.site import Site
-from nirvana.divergence import dense_hidden_states, head_divergence, pruned_hidden_states
+from nirvana.divergence import dense_hidden_states, pruned_hidden_states
 from nirvana.errors import InputError
 from nirvana.files import scratch_directory
+from nirvana.head import head_divergence
 from nirvana.ranges import to_ranges
 from nirvana.walk import Hidden, Stack
 from nirvana.weights import model_digest

@@ -14,9 +14,8 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nirvana.divergence import VOCAB_CHUNK
 from nirvana.errors import InputError
-from nirvana.likelihood import token_losses
+from nirvana.head import likeliest_tokens, token_losses
 
 HiddenOf = Callable[[Int[Tensor, "batch tokens"]], Float[Tensor, "batch tokens hidden"]]
 BATCH_TOKENS = 8192
@@ -140,20 +139,12 @@ def _losses(
     return losses
 
 
-@torch.no_grad()
 def _are_likeliest(
     predictions: Iterable[_Predictions], count: int, head: Float[Tensor, "vocab hidden"]
 ) -> NDArray[np.bool_]:
     """Tell of each row whether every token is the likeliest; a cap of the logits would keep their order."""
     right = np.empty(count, dtype=bool)
     for batch in predictions:
-        best = torch.full(batch.targets.shape, -torch.inf, device=batch.hidden.device)
-        likeliest = torch.zeros_like(batch.targets)
-        for start in range(0, head.shape[0], VOCAB_CHUNK):
-            part = head[start : start + VOCAB_CHUNK].to(device=best.device, dtype=torch.float32)
-            highest, token = (batch.hidden @ part.T).max(dim=1)
-            likeliest = torch.where(highest > best, token + start, likeliest)
-            best = torch.maximum(best, highest)
-        hits = likeliest == batch.targets
+        hits = likeliest_tokens(batch.hidden, head) == batch.targets
         right[batch.rows] = [bool(each.all()) for each in hits.split(batch.lengths)]
     return right

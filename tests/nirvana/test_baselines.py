@@ -32,10 +32,11 @@ from nirvana.baselines.same_share import allocate_same_share, protected_layers
 from nirvana.baselines.shortgpt import RECORD_NAME, block_influence, layers_to_remove, write_shortgpt
 from nirvana.baselines.wanda_sp import scores_from as wanda_scores
 from nirvana.errors import InputError
+from nirvana.head import head_loss
 from nirvana.input_statistics import InputStatistics, input_statistics
 from nirvana.loading import load_model
 from nirvana.methods import Scoring
-from nirvana.objective import head_loss, next_token_loss
+from nirvana.objective import next_token_loss
 from nirvana.saliency import channel_key, channel_saliency
 from nirvana.walk import Stack
 

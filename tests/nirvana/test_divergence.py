@@ -5,7 +5,7 @@ import torch
 from tiny import masked_dense, random_ids, random_keep, save_family
 from transformers import AutoModelForCausalLM
 
-from nirvana.divergence import dense_hidden_states, head_divergence, kl_divergence
+from nirvana.divergence import dense_hidden_states, kl_divergence
 from nirvana.errors import InputError
 from nirvana.walk import Stack
 
@@ -47,23 +47,3 @@ def test_hidden_states_of_other_sequences_are_refused(tmp_path):
     keep, ids = random_keep(stack.architecture.sites()), random_ids(3, 7)
     with pytest.raises(InputError, match="compute them on the same sequences"):
         kl_divergence(stack, keep, ids, dense_hidden_states(stack, ids[:2]))
-
-
-def test_head_divergence_by_hand():
-    """Logits (ln 3, 0) against (0, 0): P = (3/4, 1/4), Q = (1/2, 1/2), KL = 3/4·ln(3/2) + 1/4·ln(1/2)."""
-    head = torch.tensor([[1.0], [0.0]])
-    value = head_divergence(torch.tensor([[3.0]]).log(), torch.zeros(1, 1), head)
-    assert value == pytest.approx(0.75 * torch.tensor(1.5).log().item() - 0.25 * torch.tensor(2.0).log().item())
-
-
-def test_chunks_do_not_matter(monkeypatch):
-    """Large logits, chunks that do not divide the vocabulary: the running normalisers must rescale."""
-    generator = torch.Generator().manual_seed(0)
-    dense, pruned = (torch.randn(7, 4, generator=generator) * 20 for _ in range(2))
-    head = torch.randn(101, 4, generator=generator)
-    p, q = ((h.double() @ head.double().T).log_softmax(dim=-1) for h in (dense, pruned))
-    expected = (p.exp() * (p - q)).sum(dim=-1).mean().item()
-    for chunk in (3, 10, 101, 500):
-        monkeypatch.setattr("nirvana.divergence.VOCAB_CHUNK", chunk)
-        monkeypatch.setattr("nirvana.divergence.POSITION_CHUNK", 2)
-        assert head_divergence(dense, pruned, head) == pytest.approx(expected, rel=1e-5)

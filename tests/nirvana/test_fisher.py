@@ -7,7 +7,8 @@ from tiny import all_families, ids_for, logits_of, random_ids, save_family
 
 from nirvana.divergence import dense_hidden_states, kl_divergence
 from nirvana.errors import InputError
-from nirvana.fisher import label_uniforms, mask_fisher, sampled_label_gradients
+from nirvana.fisher import label_uniforms, mask_fisher
+from nirvana.head import sampled_label_gradients
 from nirvana.loading import load_model
 from nirvana.projections import output_projections
 from nirvana.walk import Stack
@@ -36,7 +37,7 @@ def test_chunks_of_the_vocabulary_do_not_matter(softcap, monkeypatch):
     numbers = torch.rand(2, 5, generator=generator)
     whole = sampled_label_gradient(hidden, head, numbers, softcap)
     for chunk in (1, 10, 36):
-        monkeypatch.setattr("nirvana.fisher.VOCAB_CHUNK", chunk)
+        monkeypatch.setattr("nirvana.head.VOCAB_CHUNK", chunk)
         torch.testing.assert_close(sampled_label_gradient(hidden, head, numbers, softcap), whole)
 
 

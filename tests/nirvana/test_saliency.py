@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from nirvana.allocation import allocate
 from nirvana.architectures.site import Site, Slot
 from nirvana.errors import InputError
-from nirvana.objective import head_maxima
 from nirvana.saliency import channel_key, channel_saliency, unit_saliency
 from nirvana.walk import Stack
 
@@ -72,21 +71,6 @@ def test_absolute_value_follows_the_sum_over_the_set(tmp_path):
     key = "model.layers.0.mlp.up_proj.weight:0"
     added = sum(sums[key] for sums in one_by_one) / 4
     assert (added > together[key] * 1.01).any()
-
-
-def test_objective_head_by_hand():
-    """One sequence, two positions, three vocabulary entries."""
-    head = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    hidden = torch.tensor([[[1.0, 0.0], [0.0, 3.0]]])
-    # logits: position 0 -> (1, 0, 1), position 1 -> (0, 3, 3); maxima 1, 3, 3 at positions 0, 1, 1
-    value, gradient = head_maxima(hidden, head, vocab_chunk=2)
-    assert value == 7.0
-    assert gradient.tolist() == [[[1.0, 0.0], [1.0, 2.0]]]
-
-
-def test_ties_go_to_one_position():
-    _, gradient = head_maxima(torch.ones(1, 4, 2), torch.ones(1, 2))
-    assert sorted(gradient.sum(dim=2).flatten().tolist()) == [0.0, 0.0, 0.0, 2.0]
 
 
 def test_unit_saliency_by_hand():
