@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.common import Measurement, alternate, random_text
 from nirvana.allocation import achieved_ratio, allocate
-from nirvana.divergence import dense_hidden_states, kl_divergence
-from nirvana.walk import Stack
+from nirvana.divergence import kl_divergence
+from nirvana.walk import Stack, final_hidden_states
 
 
 def measure(model: Path, repeats: int) -> list[Measurement]:
@@ -21,7 +21,7 @@ def measure(model: Path, repeats: int) -> list[Measurement]:
     saliency = {site.name: generator.lognormal(0, 1, site.units).astype(np.float32) for site in sites}
     keep = allocate(sites, saliency, pruning_ratio=0.4, gamma=3.36)
     dense_model = AutoModelForCausalLM.from_pretrained(model).eval()
-    dense = dense_hidden_states(stack, ids)
+    dense = final_hidden_states(stack, ids)
 
     def dense_forward() -> None:
         with torch.no_grad():

@@ -140,13 +140,13 @@ def allocate(directory: Path) -> None:
 
 def score_pool(directory: Path) -> None:
     """KL of the plan on 2 × 128 held-out tokens, the dense walk included."""
-    from nirvana.divergence import dense_hidden_states, kl_divergence
+    from nirvana.divergence import kl_divergence
     from nirvana.plan import Plan
-    from nirvana.walk import Stack
+    from nirvana.walk import Stack, final_hidden_states
 
     stack = Stack.open(directory / "model", execution="streamed")
     ids = _text(stack)
-    kl_divergence(stack, Plan.read(directory / "plan.json").keep, ids, dense_hidden_states(stack, ids))
+    kl_divergence(stack, Plan.read(directory / "plan.json").keep, ids, final_hidden_states(stack, ids))
 
 
 def prune(directory: Path) -> None:

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from benchmarks.common import Measurement, alternate, random_text
 from benchmarks.live_memory import LiveMemory
 from nirvana.allocation import allocate
-from nirvana.divergence import dense_hidden_states, kl_divergence
+from nirvana.divergence import kl_divergence
 from nirvana.saliency import channel_saliency, unit_saliency
-from nirvana.walk import Stack
+from nirvana.walk import Stack, final_hidden_states
 
 MICROBATCH = 2
 
@@ -36,7 +36,7 @@ def measure(model: Path, repeats: int) -> list[Measurement]:
     stack = Stack.open(model)
     sites = stack.architecture.sites()
     dense_model = AutoModelForCausalLM.from_pretrained(model).eval()
-    dense = dense_hidden_states(stack, heldout)
+    dense = final_hidden_states(stack, heldout)
 
     def candidate() -> None:
         sums = channel_saliency(stack, ids, MICROBATCH, memory="fast").sums

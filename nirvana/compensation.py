@@ -25,11 +25,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nirvana.architectures.architecture import Streams
-from nirvana.divergence import FORWARD_TOKENS
 from nirvana.errors import InputError
 from nirvana.projections import OutputProjection, Reached, output_projections, recorded_inputs, recorded_outputs
 from nirvana.slicing import Slicer
-from nirvana.walk import Ids, Stack, as_streams, microbatches, part_of
+from nirvana.walk import FORWARD_TOKENS, Ids, Stack, as_streams, microbatches, part_of
 
 RIDGE = 0.3
 """λ relative to the mean diagonal of the Gram matrix (docs/results.md)."""

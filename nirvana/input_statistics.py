@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nirvana.architectures.architecture import Streams
 from nirvana.projections import OutputProjection, output_projections, recorded_inputs
-from nirvana.walk import FORWARD_TOKENS, Ids, Stack, as_streams, microbatches, part_of
+from nirvana.walk import Ids, Stack, small_batches
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ def input_statistics(stack: Stack, ids: Ids, on_layer: Callable[[int], None] = l
     stack.check_ids(ids)
     projections = output_projections(stack.architecture)
     sums = {projection.name: _Sums() for of_layer in projections.values() for projection in of_layer}
-    sequences, length = as_streams(ids)[0].shape
-    parts = [stack.embed(part_of(ids, rows)) for rows in microbatches(sequences, max(1, FORWARD_TOKENS // length))]
+    parts = small_batches(stack, ids)
     for layer, weights in stack.layers(range(stack.num_layers)):
         parts = _walk_layer(stack, layer, weights, parts, projections[layer], sums)
         on_layer(layer)

@@ -11,10 +11,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from nirvana.divergence import dense_hidden_states
 from nirvana.errors import InputError
 from nirvana.head import token_losses
-from nirvana.walk import Ids, Stack
+from nirvana.walk import Ids, Stack, final_hidden_states
 
 
 def windows_from_documents(
@@ -88,7 +87,7 @@ def token_perplexity(
     Raises:
         InputError: If a token id is out of range, or the loss is NaN or infinite.
     """
-    hidden = dense_hidden_states(stack, ids, on_layer)
+    hidden = final_hidden_states(stack, ids, on_layer=on_layer)
     if not stack.architecture.is_encoder_decoder:
         hidden = hidden[:, -targets.shape[1] - 1 : -1]
     losses = token_losses(

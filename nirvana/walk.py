@@ -8,7 +8,8 @@ Weights are *resident*, in memory once read, or *streamed*: read again in each w
 one computes, at most two layers in memory. Both compute the same numbers from the same tensors, bit for bit.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +19,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nirvana.architectures.architecture import Architecture, Parameters, Streams
+from nirvana.architectures.architecture import Architecture, Keep, Parameters, Streams
 from nirvana.architectures.registry import describe
 from nirvana.directory_kind import refuse_adapter
 from nirvana.errors import InputError
 from nirvana.layout import check_parameters, has_layer, layout_of
+from nirvana.slicing import Slicer
 from nirvana.weights import WeightFiles, to_compute
 
 Execution = Literal["resident", "streamed"]
@@ -215,7 +217,63 @@ def microbatches(sequences: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, sequences)) for start in range(0, sequences, size))
 
 
-def walk_forward(stack: Stack, parts: Sequence[Streams], layer: int, weights: Parameters) -> list[Streams]:
-    """Return the outputs of one dense layer for every microbatch."""
+def small_batches(stack: Stack, ids: Ids) -> list[Streams]:
+    """Return what enters layer 0, in microbatches of about `FORWARD_TOKENS` tokens: small at any length."""
+    sequences, length = as_streams(ids)[0].shape
+    return [stack.embed(part_of(ids, rows)) for rows in microbatches(sequences, max(1, FORWARD_TOKENS // length))]
+
+
+@torch.no_grad()
+def final_hidden_states(
+    stack: Stack,
+    ids: Ids,
+    keep: Keep | None = None,
+    updates: Mapping[str, Tensor] | None = None,
+    on_layer: Callable[[int], None] = lambda layer: None,
+) -> Hidden:
+    """Return what the head reads at every position, of the model as it is or pruned while it is walked.
+
+    Args:
+        stack: A dense model, a masked one or a pruned checkpoint.
+        ids: Sequences.
+        keep: Kept units by site name; each layer is sliced for its own call only. None: the whole model.
+        updates: Parameters that are not what slicing leaves, by name: those that compensation solved for, and biases of
+            linear layers that have none in the dense model.
+        on_layer: Called after each layer, for progress.
+
+    Raises:
+        InputError: If a token id is out of range.
+    """
+    stack.check_ids(ids)
+    slicer = None if keep is None else Slicer(stack.architecture.sites(), keep)
+    kept_units = None if keep is None else {name: len(indices) for name, indices in keep.items()}
+    parts = small_batches(stack, ids)
+    for layer, weights in stack.layers(range(stack.num_layers)):
+        if slicer is not None:
+            # taken out one by one: the dense layer goes as the sliced one comes
+            weights = {name: slicer.apply(name, weights.pop(name)) for name in list(weights)}
+        if updates is not None:
+            prefix = stack.architecture.layer_prefix(layer)
+            weights |= {name: value.to(stack.device) for name, value in updates.items() if name.startswith(prefix)}
+        parts = walk_forward(stack, parts, layer, weights, kept_units)
+        del weights
+        on_layer(layer)
+    return torch.cat([stack.head_input(part, updates) for part in parts])
+
+
+def dense_hidden_states(stack: Stack, ids: Ids, on_layer: Callable[[int], None] = lambda layer: None) -> Hidden:
+    """Return `final_hidden_states` of a model as it is; the old name, for one release."""
+    warnings.warn("dense_hidden_states: use nirvana.final_hidden_states(stack, ids)", DeprecationWarning, stacklevel=2)
+    return final_hidden_states(stack, ids, on_layer=on_layer)
+
+
+def walk_forward(
+    stack: Stack,
+    parts: Sequence[Streams],
+    layer: int,
+    weights: Parameters,
+    kept_units: Mapping[str, int] | None = None,
+) -> list[Streams]:
+    """Return the outputs of one layer, dense or with that many units a site, for every microbatch."""
     fused = stack.architecture.fuse(layer, weights)
-    return [stack.run_layer(layer, part, fused) for part in parts]
+    return [stack.run_layer(layer, part, fused, kept_units) for part in parts]

@@ -27,7 +27,6 @@ from nirvana.baselines.slicegpt import slicegpt, slicegpt_hidden_states
 from nirvana.baselines.slicegpt_size import dimension_for, sliced_size
 from nirvana.calibration import calibration_digest
 from nirvana.compensation import RIDGE, compensate
-from nirvana.divergence import dense_hidden_states, pruned_hidden_states
 from nirvana.errors import InputError
 from nirvana.files import scratch_directory
 from nirvana.head import head_divergence, token_losses
@@ -35,7 +34,7 @@ from nirvana.input_statistics import InputStatistics, input_statistics
 from nirvana.methods import Method
 from nirvana.projections import output_projections
 from nirvana.slicing import Slicer
-from nirvana.walk import Hidden, Stack
+from nirvana.walk import Hidden, Stack, final_hidden_states
 from nirvana.weights import model_digest
 from studies.methods import (
     FOLDER,
@@ -116,7 +115,7 @@ class Comparison:
 
     @cached_property
     def _dense_heldout(self) -> Hidden:
-        return dense_hidden_states(self.stack, self.texts.heldout.ids)
+        return final_hidden_states(self.stack, self.texts.heldout.ids)
 
     @cached_property
     def _statistics(self) -> InputStatistics:
@@ -203,7 +202,7 @@ class Comparison:
     def _dense_row(self) -> Row:
         shapes = self.stack.architecture.parameter_shapes
         size = {"achieved_ratio": 0.0, "parameters": _count(shapes.values())}
-        return _named(DENSE, 0.0, "none", 0) | size | self.judged_by(lambda ids: dense_hidden_states(self.stack, ids))
+        return _named(DENSE, 0.0, "none", 0) | size | self.judged_by(lambda ids: final_hidden_states(self.stack, ids))
 
     def _shortgpt_row(self, ratio: float) -> Row:
         start = time.monotonic()
@@ -213,7 +212,7 @@ class Comparison:
             short = Stack.open(target)
             size = {"achieved_ratio": achieved, "parameters": _count(short.architecture.parameter_shapes.values())}
             seconds = {"saliency_seconds": time.monotonic() - start}
-            judged = self.judged_by(lambda ids: dense_hidden_states(short, ids))
+            judged = self.judged_by(lambda ids: final_hidden_states(short, ids))
         return _named(SHORTGPT, ratio, "none", 0) | size | judged | seconds
 
     def _slicegpt_row(self, ratio: float) -> Row:
@@ -247,7 +246,7 @@ class Comparison:
             "achieved_by_module": achieved,
             "parameters": _count([*(slicer.shape(each, shape) for each, shape in shapes.items()), *extra]),
         }
-        judged = self.judged_by(lambda ids: pruned_hidden_states(self.stack, keep, ids, updates))
+        judged = self.judged_by(lambda ids: final_hidden_states(self.stack, ids, keep, updates))
         return size | judged | {"compensation_seconds": solved}
 
     def keep(

@@ -8,12 +8,11 @@ from tqdm import tqdm
 
 from nirvana.checkpoint.tokenizer import read_if_any
 from nirvana.device import resolve_device
-from nirvana.divergence import dense_hidden_states
 from nirvana.files import write_json
 from nirvana.head import head_divergence
 from nirvana.plan import Plan
 from nirvana.surgery import prune
-from nirvana.walk import Execution, Stack
+from nirvana.walk import Execution, Stack, final_hidden_states
 from tasks.corpus.token_files import read_ids
 from tasks.workers.way_of_computing import chosen_way
 
@@ -64,5 +63,5 @@ def _held_out_text(inputs: Mapping[str, Path]) -> tuple[str, ...]:
 def _kl_divergence(inputs: Mapping[str, Path], checkpoint: Path, device: "torch.device", execution: Execution) -> float:
     ids = read_ids(inputs["heldout"])
     dense, pruned = (Stack.open(directory, device, execution) for directory in (inputs["model"], checkpoint))
-    before, after = (dense_hidden_states(stack, ids).flatten(0, 1) for stack in (dense, pruned))
+    before, after = (final_hidden_states(stack, ids).flatten(0, 1) for stack in (dense, pruned))
     return head_divergence(before, after, dense.head_weight(), dense.architecture.logit_softcap)

@@ -12,11 +12,11 @@ import pandas as pd
 from torch import Tensor
 
 from nirvana.device import resolve_device
-from nirvana.divergence import dense_hidden_states, kl_divergence
+from nirvana.divergence import kl_divergence
 from nirvana.errors import InputError
 from nirvana.files import atomic_file, sha256_file, write_json
 from nirvana.plan import from_ranges, to_ranges
-from nirvana.walk import Execution, Hidden, Stack
+from nirvana.walk import Execution, Hidden, Stack, final_hidden_states
 from nirvana.weights import model_digest
 from tasks.corpus.token_files import read_ids
 from tasks.unit_saliency import allocate_as_asked, candidate_files, read_unit_saliency
@@ -64,7 +64,7 @@ def _open(
     """Open both once a process; `digests`, for a worker that outlives the files at these paths."""
     stack = Stack.open(model, device, execution)
     ids = read_ids(heldout)
-    return stack, ids, dense_hidden_states(stack, ids)
+    return stack, ids, final_hidden_states(stack, ids)
 
 
 def _score(job: Job, device: str, progress: Progress) -> bytes:

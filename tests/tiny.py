@@ -296,9 +296,9 @@ def walk_logits(stack, keep, ids):
     """Return the logits that the walk gives; soft-capped where the family does that."""
     import torch
 
-    from nirvana.divergence import pruned_hidden_states
+    from nirvana.walk import final_hidden_states
 
-    logits = pruned_hidden_states(stack, keep, ids) @ stack.head_weight().T
+    logits = final_hidden_states(stack, ids, keep) @ stack.head_weight().T
     cap = stack.architecture.logit_softcap
     return logits if cap is None else cap * torch.tanh(logits / cap)
 

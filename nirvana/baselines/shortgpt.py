@@ -28,7 +28,7 @@ from nirvana.checkpoint.safetensors_stream import stream_safetensors
 from nirvana.checkpoint.tokenizer import carry
 from nirvana.errors import InputError
 from nirvana.files import atomic_directory, write_json
-from nirvana.walk import FORWARD_TOKENS, Ids, Stack, as_streams, microbatches, part_of, walk_forward
+from nirvana.walk import Ids, Stack, small_batches, walk_forward
 from nirvana.weights import INDEX_NAME, WEIGHTS_NAME
 
 RECORD_NAME = "shortgpt.json"
@@ -87,8 +87,7 @@ def block_influence(stack: Stack, ids: Ids, on_layer: Callable[[int], None] = la
         InputError: If a token id is out of range.
     """
     stack.check_ids(ids)
-    sequences, length = as_streams(ids)[0].shape
-    parts = [stack.embed(part_of(ids, rows)) for rows in microbatches(sequences, max(1, FORWARD_TOKENS // length))]
+    parts = small_batches(stack, ids)
     influence = []
     for layer, weights in stack.layers(range(stack.num_layers)):
         outputs = walk_forward(stack, parts, layer, weights)

@@ -41,7 +41,7 @@ from torch.func import functional_call
 from nirvana.architectures.site import Module
 from nirvana.baselines.slicegpt_size import BRANCHES, Matrices, sliced_size, stream_matrices, weight_of
 from nirvana.errors import InputError
-from nirvana.walk import FORWARD_TOKENS, Hidden, Ids, Stack, as_streams, microbatches, part_of
+from nirvana.walk import Hidden, Ids, Stack, small_batches
 
 Rotation = Float[Tensor, "hidden dimension"]
 
@@ -197,5 +197,4 @@ def slicegpt_hidden_states(stack: Stack, model: SlicedModel, ids: Ids) -> Hidden
 
 def _embedded(stack: Stack, ids: Ids) -> list[Hidden]:
     stack.check_ids(ids)
-    sequences, length = as_streams(ids)[0].shape
-    return [stack.embed(part_of(ids, rows))[0] for rows in microbatches(sequences, max(1, FORWARD_TOKENS // length))]
+    return [hidden for (hidden,) in small_batches(stack, ids)]

@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nirvana.architectures.site import Slot
-from nirvana.divergence import dense_hidden_states
 from nirvana.errors import InputError
 from nirvana.head import head_logits
 from nirvana.loading import load_model
-from nirvana.walk import Stack
+from nirvana.walk import Stack, final_hidden_states
 from nirvana.weights import WeightFiles
 
 
@@ -117,7 +116,7 @@ def masked_logits(
     """
     stack = Stack.open(model_directory, execution="streamed")
     masked = dataclasses.replace(stack, weights=MaskedWeights(stack, keep, updates))
-    hidden = dense_hidden_states(masked, ids)[0, torch.from_numpy(positions)]
+    hidden = final_hidden_states(masked, ids)[0, torch.from_numpy(positions)]
     return head_logits(hidden, masked.head_weight(), stack.architecture.logit_softcap)
 
 

@@ -21,12 +21,11 @@ from tqdm import tqdm
 from nirvana.allocation import Keep
 from nirvana.architectures.registry import architecture_for, read_config
 from nirvana.architectures.site import Site
-from nirvana.divergence import dense_hidden_states, pruned_hidden_states
 from nirvana.errors import InputError
 from nirvana.files import scratch_directory
 from nirvana.head import head_divergence
 from nirvana.ranges import to_ranges
-from nirvana.walk import Hidden, Stack
+from nirvana.walk import Hidden, Stack, final_hidden_states
 from nirvana.weights import model_digest
 from studies.calibration_study.texts import Source
 from studies.comparison import DENSE, ROUND_TO, Text, window_losses
@@ -216,10 +215,10 @@ class CalibrationStudy:
         stack, heldout, evaluation = self.stack, source.heldout, source.evaluation
 
         def hidden_of(text: Text) -> Hidden:
-            return dense_hidden_states(stack, text.ids) if keep is None else pruned_hidden_states(stack, keep, text.ids)
+            return final_hidden_states(stack, text.ids, keep)
 
         if heldout.digest not in self._dense:
-            self._dense[heldout.digest] = dense_hidden_states(stack, heldout.ids)
+            self._dense[heldout.digest] = final_hidden_states(stack, heldout.ids)
         head, softcap = stack.head_weight(), stack.architecture.logit_softcap
         dense, pruned = (each.flatten(0, 1) for each in (self._dense[heldout.digest], hidden_of(heldout)))
         divergence = head_divergence(dense, pruned, head, softcap)

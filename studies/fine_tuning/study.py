@@ -27,14 +27,13 @@ from nirvana.adapter import merge
 from nirvana.architectures.registry import describe
 from nirvana.baselines.shortgpt import write_shortgpt
 from nirvana.compensation import RIDGE
-from nirvana.divergence import dense_hidden_states
 from nirvana.errors import InputError
 from nirvana.files import atomic_directory, read_json, scratch_directory, write_json
 from nirvana.plan import Compensation as PlannedCompensation
 from nirvana.plan import Plan
 from nirvana.recovery import Recipe, recover
 from nirvana.surgery import prune
-from nirvana.walk import Stack
+from nirvana.walk import Stack, final_hidden_states
 from nirvana.weights import WeightFiles, model_digest
 from studies.comparison import (
     BEST,
@@ -268,7 +267,7 @@ class FineTuning(Comparison):
     def _losses(self, checkpoint: Path) -> list[float]:
         """Return the mean loss of each window of the evaluation text."""
         stack, ids = Stack.open(checkpoint), self.texts.evaluation.ids
-        hidden = dense_hidden_states(stack, ids)
+        hidden = final_hidden_states(stack, ids)
         losses = window_losses(hidden, ids, stack.head_weight(), stack.architecture.logit_softcap).tolist()
         if not np.isfinite(losses).all():
             raise InputError(

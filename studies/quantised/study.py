@@ -136,7 +136,7 @@ def quantised_hidden_states(
         keep: Kept units by site name.
         ids: Sequences.
         updates: What compensation solved for, by name.
-        precision: None: as stored. Then this is `nirvana.divergence.pruned_hidden_states`.
+        precision: None: as stored. Then this is `nirvana.walk.final_hidden_states`.
     """
     sites = stack.architecture.sites()
     slicer, matrices = Slicer(sites, keep), block_matrices(sites)

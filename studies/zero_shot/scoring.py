@@ -42,7 +42,7 @@ def score_items(
 
     Args:
         hidden_of: Gives what the head reads at every position of right-padded sequences, for example a walk of a plan
-            (`nirvana.divergence.pruned_hidden_states`). Causal: the padding must not reach back.
+            (`nirvana.walk.final_hidden_states`). Causal: the padding must not reach back.
         head: Output head.
         items: {"context", "target"}: right if every token of the target is the most likely one. {"context",
             "choices", "label"}: right if that choice has the highest log-likelihood a character (lm-eval's `acc_norm`).

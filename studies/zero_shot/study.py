@@ -18,9 +18,8 @@ from tqdm import tqdm
 
 from nirvana.allocation import Keep, achieved_ratio
 from nirvana.compensation import RIDGE
-from nirvana.divergence import dense_hidden_states, pruned_hidden_states
 from nirvana.errors import InputError
-from nirvana.walk import Hidden, TokenIds
+from nirvana.walk import Hidden, TokenIds, final_hidden_states
 from studies.comparison import BEST, COMPENSATIONS, DENSE, ROUND_TO, Comparison, Compensation, Row, Texts
 from studies.methods import SHORTGPT, method_named
 from studies.store import cached
@@ -141,7 +140,7 @@ class ZeroShot(Comparison):
         stack, start = self.stack, time.monotonic()
 
         def hidden_of(ids: TokenIds) -> Hidden:
-            return pruned_hidden_states(stack, keep, ids, updates) if keep else dense_hidden_states(stack, ids)
+            return final_hidden_states(stack, ids, keep, updates) if keep else final_hidden_states(stack, ids)
 
         answers = score_items(
             hidden_of, stack.head_weight(), items, self.tokenizer, stack.architecture.logit_softcap

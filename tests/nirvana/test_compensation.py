@@ -7,9 +7,9 @@ from safetensors.torch import load_file, save_file
 from tiny import all_families, ids_for, masked_dense, random_ids, random_keep, save_family
 
 from nirvana.compensation import compensate
-from nirvana.divergence import dense_hidden_states, kl_divergence, pruned_hidden_states
+from nirvana.divergence import kl_divergence
 from nirvana.errors import InputError
-from nirvana.walk import Stack
+from nirvana.walk import Stack, final_hidden_states
 
 WITH_PROJECTIONS = [name for name in all_families() if name != "qwen3_moe"]
 OWN_TARGET = [name for name in WITH_PROJECTIONS if name.startswith("gemma3")]
@@ -35,7 +35,7 @@ def test_a_twin_takes_over(tmp_path):
         dense = parameters[name]
         expected = torch.cat([dense[:, :1] + dense[:, 1:2], dense[:, 2:]], dim=1)
         torch.testing.assert_close(updates[name], expected, rtol=1e-3, atol=1e-3)
-    dense = dense_hidden_states(stack, ids)
+    dense = final_hidden_states(stack, ids)
     assert kl_divergence(stack, keep, ids, dense) > 1e-3
     assert kl_divergence(stack, keep, ids, dense, updates) < 1e-7
 
@@ -46,16 +46,16 @@ def test_fewer_tokens_than_columns_restore_the_dense_stream(name, tmp_path):
     stack, ids = Stack.open(save_family(name, tmp_path)), ids_for(name, 1, 7)
     keep = random_keep(stack.architecture.sites())
     updates = dict(compensate(stack, keep, ids, ridge=1e-6))
-    dense = dense_hidden_states(stack, ids)
-    assert not torch.allclose(pruned_hidden_states(stack, keep, ids), dense, atol=0.1)
-    torch.testing.assert_close(pruned_hidden_states(stack, keep, ids, updates), dense, rtol=1e-3, atol=2e-3)
+    dense = final_hidden_states(stack, ids)
+    assert not torch.allclose(final_hidden_states(stack, ids, keep), dense, atol=0.1)
+    torch.testing.assert_close(final_hidden_states(stack, ids, keep, updates), dense, rtol=1e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("name", WITH_PROJECTIONS)
 def test_helps_on_the_text_it_was_fitted_on(name, tmp_path):
     stack, ids = Stack.open(save_family(name, tmp_path)), ids_for(name, 16, 16)
     keep = random_keep(stack.architecture.sites(), share=0.8)
-    dense = dense_hidden_states(stack, ids)
+    dense = final_hidden_states(stack, ids)
     updates = dict(compensate(stack, keep, ids, ridge=0.01))
     assert kl_divergence(stack, keep, ids, dense, updates) < 0.9 * kl_divergence(stack, keep, ids, dense)
 
@@ -89,9 +89,9 @@ def test_equals_ordinary_ridge_regression(tmp_path):
 def test_a_strong_ridge_changes_nothing(tmp_path):
     stack, ids = Stack.open(save_family("qwen3", tmp_path)), random_ids(4, 12)
     keep = random_keep(stack.architecture.sites())
-    plain = pruned_hidden_states(stack, keep, ids)
+    plain = final_hidden_states(stack, ids, keep)
     updates = dict(compensate(stack, keep, ids, ridge=1e9))
-    torch.testing.assert_close(pruned_hidden_states(stack, keep, ids, updates), plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(final_hidden_states(stack, ids, keep, updates), plain, rtol=1e-4, atol=1e-4)
 
 
 def test_streamed_equals_resident(tmp_path):
@@ -120,9 +120,9 @@ def test_the_gain_shrinks_what_became_noise(tmp_path):
     gain = updates["model.norm.weight"] / stack.parameter("model.norm.weight")
     assert 0.3 < gain.mean() < 1
     fresh = random_ids(64, 16, seed=9)
-    dense = dense_hidden_states(stack, fresh)
+    dense = final_hidden_states(stack, fresh)
     without = {name: values for name, values in updates.items() if name != "model.norm.weight"}
-    distances = [(pruned_hidden_states(stack, keep, fresh, each) - dense).norm() for each in (updates, without)]
+    distances = [(final_hidden_states(stack, fresh, keep, each) - dense).norm() for each in (updates, without)]
     assert distances[0] < distances[1]
 
 
@@ -133,7 +133,7 @@ def test_the_gain_is_a_regression_through_the_origin(tmp_path):
     updates = dict(compensate(stack, keep, ids))
     without = {name: values for name, values in updates.items() if name != "model.norm.weight"}
     apart = torch.cat([ids[448:512]])  # the eighth of ten microbatches of 64 sequences
-    goal, given = dense_hidden_states(stack, apart), pruned_hidden_states(stack, keep, apart, without)
+    goal, given = final_hidden_states(stack, apart), final_hidden_states(stack, apart, keep, without)
     factor = (goal * given).sum() / given.square().sum()
     before = stack.parameter("model.norm.weight")
     torch.testing.assert_close(updates["model.norm.weight"], (1 + before) * factor - 1, rtol=1e-3, atol=1e-4)

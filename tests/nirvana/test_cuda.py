@@ -10,9 +10,9 @@ from tiny import all_families, ids_for, random_keep, save_family, tiny_llama
 
 from nirvana.allocation import allocate
 from nirvana.benchmark import Workload, benchmark
-from nirvana.divergence import dense_hidden_states, kl_divergence
+from nirvana.divergence import kl_divergence
 from nirvana.saliency import channel_saliency, unit_saliency
-from nirvana.walk import Stack
+from nirvana.walk import Stack, final_hidden_states
 from tasks.params import Runtime
 from tasks.workers import runners
 from tasks.workers.child import fix_torch
@@ -98,7 +98,7 @@ def test_kl_is_that_of_the_cpu_and_repeats(name, tmp_path):
     values = []
     for device, execution in (("cpu", "resident"), ("cuda", "resident"), ("cuda", "streamed"), ("cuda", "resident")):
         stack = Stack.open(tmp_path, device, execution=execution)
-        values.append(kl_divergence(stack, keep, ids, dense_hidden_states(stack, ids)))
+        values.append(kl_divergence(stack, keep, ids, final_hidden_states(stack, ids)))
     assert values[1] == values[2] == values[3]
     assert values[1] == pytest.approx(values[0], rel=RTOL)
 

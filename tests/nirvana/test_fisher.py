@@ -5,13 +5,13 @@ import pytest
 import torch
 from tiny import all_families, ids_for, logits_of, random_ids, save_family
 
-from nirvana.divergence import dense_hidden_states, kl_divergence
+from nirvana.divergence import kl_divergence
 from nirvana.errors import InputError
 from nirvana.fisher import label_uniforms, mask_fisher
 from nirvana.head import sampled_label_gradients
 from nirvana.loading import load_model
 from nirvana.projections import output_projections
-from nirvana.walk import Stack
+from nirvana.walk import Stack, final_hidden_states
 
 WITH_PROJECTIONS = [name for name in all_families() if name != "qwen3_moe"]
 
@@ -135,7 +135,7 @@ def test_seed_draws_other_labels(tmp_path):
 def test_predicts_what_leaving_costs(tmp_path):
     """½ F_u against the KL of the model without u, both in nats a token: same size, same order."""
     stack, ids = Stack.open(save_family("llama", tmp_path)), random_ids(16, 24)
-    dense = dense_hidden_states(stack, ids)
+    dense = final_hidden_states(stack, ids)
     sites = stack.architecture.sites()
     whole = {site.name: np.arange(site.units) for site in sites}
     predicted, measured = [], []

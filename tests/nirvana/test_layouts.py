@@ -24,7 +24,6 @@ from transformers import AutoModel, AutoModelForCausalLM
 from nirvana.architectures.registry import FAMILIES, describe
 from nirvana.config_values import config_values
 from nirvana.directory_kind import kind_of_directory
-from nirvana.divergence import dense_hidden_states
 from nirvana.errors import InputError
 from nirvana.export.export import export_checkpoint
 from nirvana.export.parity import masked_logits
@@ -34,7 +33,7 @@ from nirvana.projections import output_projections
 from nirvana.saliency import channel_saliency
 from nirvana.surgery import prune
 from nirvana.text_part import PlainModel, write_text_part
-from nirvana.walk import Stack
+from nirvana.walk import Stack, final_hidden_states
 from nirvana.weights import INDEX_NAME, WEIGHTS_NAME, WeightFiles, model_digest
 
 
@@ -119,8 +118,8 @@ def test_other_prefixes_are_the_same_model(name, kind, tmp_path):
     ids = random_ids(2, 12)
     for execution in ("resident", "streamed"):
         assert torch.equal(
-            dense_hidden_states(Stack.open(other, execution=execution), ids),
-            dense_hidden_states(Stack.open(model), ids),
+            final_hidden_states(Stack.open(other, execution=execution), ids),
+            final_hidden_states(Stack.open(model), ids),
         )
     sums, others = (channel_saliency(Stack.open(path), ids).sums for path in (model, other))
     assert sums.keys() == others.keys() and all(torch.equal(sums[key], others[key]) for key in sums)
@@ -141,7 +140,7 @@ def test_transformers_own_base_model_is_read(tmp_path):
     AutoModel.from_pretrained(model).save_pretrained(tmp_path / "base")
     ids = random_ids(2, 12)
     assert "layers.0.mlp.up_proj.weight" in load_file(tmp_path / "base" / WEIGHTS_NAME)
-    assert torch.equal(*(dense_hidden_states(Stack.open(tmp_path / name), ids) for name in ("model", "base")))
+    assert torch.equal(*(final_hidden_states(Stack.open(tmp_path / name), ids) for name in ("model", "base")))
     assert torch.equal(*(load_model(tmp_path / name)(ids).logits for name in ("model", "base")))
     assert PlainModel.open(tmp_path / "base").is_plain
 
@@ -170,7 +169,7 @@ def test_an_embedding_stored_as_the_head_is_found(tmp_path):
         model, tmp_path / "other", lambda name: "lm_head.weight" if name == "model.embed_tokens.weight" else name
     )
     ids = random_ids(2, 12)
-    assert torch.equal(*(dense_hidden_states(Stack.open(path), ids) for path in (model, other)))
+    assert torch.equal(*(final_hidden_states(Stack.open(path), ids) for path in (model, other)))
     assert torch.equal(*(load_model(path)(ids).logits for path in (model, other)))
     prune(other, plan_of(other), tmp_path / "pruned")
     load_model(tmp_path / "pruned")
@@ -197,7 +196,7 @@ def test_mixed_types_are_read_as_transformers_reads_them(types, tmp_path):
     save_file(mixed, model / WEIGHTS_NAME, {"format": "pt"})
     ids = random_ids(1, 12)
     stack = Stack.open(model)
-    hidden = dense_hidden_states(stack, ids)
+    hidden = final_hidden_states(stack, ids)
     logits = hidden @ stack.head_weight().float().T
     assert torch.allclose(logits, load_model(model)(ids).logits, atol=1e-4)
     prune(model, plan_of(model), tmp_path / "pruned")
@@ -222,7 +221,7 @@ def test_fused_experts_are_the_same_model(experts, tmp_path):
     model, fused = experts
     ids = random_ids(2, 12)
     for execution in ("resident", "streamed"):
-        assert torch.equal(*(dense_hidden_states(Stack.open(path, execution=execution), ids) for path in experts))
+        assert torch.equal(*(final_hidden_states(Stack.open(path, execution=execution), ids) for path in experts))
     sums, others = (channel_saliency(Stack.open(path), ids).sums for path in experts)
     assert sums.keys() == others.keys() and all(torch.equal(sums[key], others[key]) for key in sums)
     keep = plan_of(model).keep
@@ -257,7 +256,7 @@ def test_a_pruned_model_saved_with_fused_experts_is_read_again(experts, tmp_path
     prune(model, plan_of(model), tmp_path / "pruned")
     load_model(tmp_path / "pruned").save_pretrained(tmp_path / "again", save_original_format=False)
     ids = random_ids(2, 12)
-    assert torch.equal(*(dense_hidden_states(Stack.open(tmp_path / name), ids) for name in ("pruned", "again")))
+    assert torch.equal(*(final_hidden_states(Stack.open(tmp_path / name), ids) for name in ("pruned", "again")))
 
 
 def test_fused_experts_of_another_number_are_refused(experts):
@@ -277,7 +276,7 @@ def test_half_fused_layers_are_read(experts, tmp_path):
     shutil.copytree(model, tmp_path / "mixed")
     save_file(mixed, tmp_path / "mixed" / WEIGHTS_NAME, {"format": "pt"})
     ids = random_ids(2, 12)
-    assert torch.equal(*(dense_hidden_states(Stack.open(path), ids) for path in (model, tmp_path / "mixed")))
+    assert torch.equal(*(final_hidden_states(Stack.open(path), ids) for path in (model, tmp_path / "mixed")))
 
 
 # -- files ---------------------------------------------------------------------------------------------------------
@@ -311,7 +310,7 @@ def test_the_index_decides_and_what_is_written_loads(files, tmp_path):
     (other / "consolidated.safetensors").write_bytes(b"another copy, never looked at")
     (other / "pytorch_model.bin").write_bytes(b"never looked at")
     ids = random_ids(2, 12)
-    assert torch.equal(*(dense_hidden_states(Stack.open(path), ids) for path in (model, other)))
+    assert torch.equal(*(final_hidden_states(Stack.open(path), ids) for path in (model, other)))
     prune(model, plan_of(model), tmp_path / "pruned")
     prune(other, plan_of(other), tmp_path / "pruned-other")
     assert torch.equal(*(load_model(tmp_path / name)(ids).logits for name in ("pruned", "pruned-other")))
@@ -457,7 +456,7 @@ def test_su_is_longrope(tmp_path):
     ids = random_ids(1, 24)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path / "today")(ids).logits
     stack = Stack.open(model)
-    assert torch.allclose(dense_hidden_states(stack, ids) @ stack.head_weight().T, reference, atol=1e-5)
+    assert torch.allclose(final_hidden_states(stack, ids) @ stack.head_weight().T, reference, atol=1e-5)
     assert torch.equal(load_model(model)(ids).logits, reference)
     prune(model, plan_of(model, share=1.0), tmp_path / "pruned")  # a stock configuration
     assert torch.allclose(AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")(ids).logits, reference, atol=1e-5)

@@ -11,12 +11,12 @@ from real_model import real_model
 from transformers import AutoModelForCausalLM
 
 from nirvana.allocation import allocate
-from nirvana.divergence import dense_hidden_states, kl_divergence
+from nirvana.divergence import kl_divergence
 from nirvana.perplexity import token_perplexity
 from nirvana.plan import Plan
 from nirvana.saliency import channel_saliency, unit_saliency
 from nirvana.surgery import prune
-from nirvana.walk import Stack
+from nirvana.walk import Stack, final_hidden_states
 from nirvana.weights import model_digest
 
 ORACLE = Path(__file__).parents[3] / "shared" / "oracle"
@@ -78,7 +78,7 @@ def test_same_neurons_but_for_one_in_a_thousand(keep, expected):
 
 def test_kl_divergence(stack, keep):
     ids = token_ids("heldout_ids")
-    value = kl_divergence(stack, keep, ids, dense_hidden_states(stack, ids))
+    value = kl_divergence(stack, keep, ids, final_hidden_states(stack, ids))
     assert value == pytest.approx(1.586, rel=0.01)
 
 

@@ -14,10 +14,9 @@ from nirvana.baselines.slicegpt import (
     slicegpt_hidden_states,
 )
 from nirvana.baselines.slicegpt_size import BRANCHES, check_can_be_sliced, dimension_for, sliced_size, stream_matrices
-from nirvana.divergence import dense_hidden_states
 from nirvana.errors import InputError
 from nirvana.loading import load_model
-from nirvana.walk import Stack
+from nirvana.walk import Stack, final_hidden_states
 
 REFUSED = {"gemma3_text", "qwen3_moe", "t5"}
 SUPPORTED = [name for name in all_families() if model_type_of(name) not in REFUSED]
@@ -65,7 +64,7 @@ def test_nothing_sliced_is_the_dense_model(name, tmp_path):
     stack, ids = Stack.open(save_family(name, tmp_path)), ids_for(name, 5, 12)
     model = slicegpt(stack, ids, stack.architecture.hidden_size)
     other = ids_for(name, 3, 9, seed=1)
-    hidden, expected = slicegpt_hidden_states(stack, model, other), dense_hidden_states(stack, other)
+    hidden, expected = slicegpt_hidden_states(stack, model, other), final_hidden_states(stack, other)
     torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     assert len(model.rotations) == 2 * stack.num_layers
     identity = torch.eye(stack.architecture.hidden_size)
@@ -111,14 +110,14 @@ def test_slicing_is_projecting(name, tmp_path):
     model = slicegpt(stack, calibration, dimension)
     logits = slicegpt_hidden_states(stack, model, ids) @ stack.head_weight().T
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-    dense = dense_hidden_states(stack, ids) @ stack.head_weight().T
+    dense = final_hidden_states(stack, ids) @ stack.head_weight().T
     assert float((logits - dense).abs().max()) > 0.05 * float(expected.abs().max())
 
 
 def test_microbatches_change_nothing(tmp_path, monkeypatch):
     stack, ids = Stack.open(tiny_llama(tmp_path)), random_ids(6, 16)
     whole = slicegpt_hidden_states(stack, slicegpt(stack, ids, 20), ids)
-    monkeypatch.setattr("nirvana.baselines.slicegpt.FORWARD_TOKENS", 32)
+    monkeypatch.setattr("nirvana.walk.FORWARD_TOKENS", 32)
     parts = slicegpt_hidden_states(stack, slicegpt(stack, ids, 20), ids)
     torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-3)
 

@@ -18,13 +18,12 @@ from transformers import AutoModelForCausalLM
 from nirvana import compensation, solved
 from nirvana.calibration import calibration_digest
 from nirvana.compensation import compensate
-from nirvana.divergence import pruned_hidden_states
 from nirvana.errors import InputError
 from nirvana.files import sha256_directory
 from nirvana.loading import load_model
 from nirvana.plan import Plan
 from nirvana.surgery import prune
-from nirvana.walk import Stack
+from nirvana.walk import Stack, final_hidden_states
 from nirvana.weights import model_digest
 
 
@@ -262,7 +261,7 @@ def test_the_compensated_checkpoint_is_the_compensated_walk(name, tmp_path, monk
     prune(model, with_compensation(plan, ids, file), tmp_path / "pruned", calibration=file)
     updates, fresh = dict(compensate(stack, plan.keep, ids, 0.1)), ids_for(name, 2, 9, seed=5)
     assert updates.keys() == solved.compensated_parameters(stack.architecture)
-    walked, uncompensated = (pruned_hidden_states(stack, plan.keep, fresh, each) for each in (updates, None))
+    walked, uncompensated = (final_hidden_states(stack, fresh, plan.keep, each) for each in (updates, None))
     logits, cap = walked @ stack.head_weight().T, stack.architecture.logit_softcap
     expected = logits if cap is None else cap * torch.tanh(logits / cap)
     with torch.no_grad():

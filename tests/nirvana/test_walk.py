@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 from tiny import random_ids, save_family
 from transformers import AutoModelForCausalLM
 
-from nirvana.divergence import dense_hidden_states
+import nirvana
 from nirvana.errors import InputError
 from nirvana.saliency import channel_saliency
-from nirvana.walk import Stack
+from nirvana.walk import Stack, final_hidden_states
 
 
 def change_config(path, **values):
@@ -76,7 +76,7 @@ def test_a_head_of_its_own_counts_even_if_the_configuration_ties(tmp_path):
     head = torch.randn(512, 32, generator=torch.Generator().manual_seed(5))
     change_weights(tmp_path, lambda weights: weights.update({"lm_head.weight": head}))
     stack, ids = Stack.open(tmp_path), random_ids(2, 7)
-    logits = dense_hidden_states(stack, ids) @ stack.head_weight().T
+    logits = final_hidden_states(stack, ids) @ stack.head_weight().T
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
@@ -89,3 +89,10 @@ def test_empty_sequences_are_refused(tmp_path):
             channel_saliency(stack, ids)
     with pytest.raises(InputError, match="microbatch: expected at least 1"):
         channel_saliency(stack, random_ids(1, 4), microbatch=0)
+
+
+def test_the_old_name_of_the_walk_warns_and_computes_the_same(tmp_path):
+    stack, ids, layers = Stack.open(save_family("llama", tmp_path)), random_ids(2, 5), []
+    with pytest.warns(DeprecationWarning, match="final_hidden_states"):
+        old = nirvana.dense_hidden_states(stack, ids, layers.append)
+    assert torch.equal(old, nirvana.final_hidden_states(stack, ids)) and layers == [0, 1, 2]

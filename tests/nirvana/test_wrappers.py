@@ -10,12 +10,11 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from wrappers import save_wrapper, wrapper_configs
 
 from nirvana.architectures.wrappers import COMPARED
-from nirvana.divergence import dense_hidden_states
 from nirvana.errors import InputError
 from nirvana.plan import Plan
 from nirvana.surgery import prune
 from nirvana.text_part import PlainModel, write_text_part
-from nirvana.walk import Stack
+from nirvana.walk import Stack, final_hidden_states
 from nirvana.weights import INDEX_NAME, WEIGHTS_NAME, model_digest
 
 
@@ -37,7 +36,7 @@ def test_text_part_equals_the_whole_model_on_text(name, tmp_path):
     largest = expected.abs().max()
     assert (got - expected).abs().max() <= 1e-5 * largest
     stack = Stack.open(tmp_path / "text")
-    walked = dense_hidden_states(stack, ids) @ stack.head_weight().T
+    walked = final_hidden_states(stack, ids) @ stack.head_weight().T
     assert (walked - expected).abs().max() <= 1e-5 * largest
     assert (tmp_path / "text" / INDEX_NAME).is_file()  # shards stay shards
     config = json.loads((tmp_path / "text" / "config.json").read_text())

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from tiny import random_ids, tiny_corpus, tiny_llama
 
-from nirvana.divergence import dense_hidden_states, kl_divergence
+from nirvana.divergence import kl_divergence
 from nirvana.errors import InputError
 from nirvana.files import write_json
 from nirvana.saliency import channel_saliency, unit_saliency
-from nirvana.walk import Stack
+from nirvana.walk import Stack, final_hidden_states
 from studies import methods as registry
 from studies.calibration_study.plot import draw
 from studies.calibration_study.study import CalibrationStudy, Settings, measure
@@ -190,7 +190,7 @@ def test_rows(calibration, model_directory):
         assert row["losses"] == own[number]["losses"]
     stack = Stack.open(model_directory)
     keep = calibration.keep(calibration.saliency(OTHER.batches(3, 2, 16)[2]))
-    expected = kl_divergence(stack, keep, CORPUS.heldout.ids, dense_hidden_states(stack, CORPUS.heldout.ids))
+    expected = kl_divergence(stack, keep, CORPUS.heldout.ids, final_hidden_states(stack, CORPUS.heldout.ids))
     (row,) = matching(parts["candidate"], calibrated_on="ids", judged_on="corpus", draw=2)
     assert row["kl_divergence"] == expected
     alone = measure(calibration, CORPUS, None, SETTINGS)

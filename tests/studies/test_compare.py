@@ -19,7 +19,6 @@ from nirvana.baselines.flap import bias_compensation
 from nirvana.baselines.shortgpt import write_shortgpt
 from nirvana.baselines.slicegpt import slicegpt, slicegpt_hidden_states
 from nirvana.baselines.slicegpt_size import dimension_for, sliced_size
-from nirvana.divergence import pruned_hidden_states
 from nirvana.errors import InputError
 from nirvana.files import write_json
 from nirvana.input_statistics import input_statistics
@@ -27,7 +26,7 @@ from nirvana.loading import load_model
 from nirvana.methods import Method
 from nirvana.plan import Plan
 from nirvana.surgery import prune
-from nirvana.walk import Stack
+from nirvana.walk import Stack, final_hidden_states
 from nirvana.weights import model_digest
 from studies import comparison as judging
 from studies import methods as registry
@@ -521,7 +520,7 @@ def test_quality_measures_both_and_holds_them_against_the_limits(model_directory
     row = comparison.row("fisher", 0.3, "least_squares")
     assert ours == pytest.approx(math.exp(np.mean(row["losses"])))
     keep, _ = comparison.keep("nirvana", 0.3, rule="published")
-    hidden = pruned_hidden_states(comparison.stack, keep, comparison.texts.evaluation.ids)
+    hidden = final_hidden_states(comparison.stack, comparison.texts.evaluation.ids, keep)
     logits = hidden[:, :-1] @ comparison.stack.head_weight().T
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), comparison.texts.evaluation.ids[:, 1:].flatten())
     assert published == pytest.approx(float(loss.exp()), rel=1e-4)

@@ -60,10 +60,10 @@ def test_every_family_can_be_described_and_trained(family, tmp_path):
     ids = text.spread(4, 16)
     hidden = Stack.open(tmp_path)
     losses = [float(tiny_model.mean_loss(model, each[None])) for each in ids]
-    from nirvana.divergence import dense_hidden_states
+    from nirvana.walk import final_hidden_states
     from studies.comparison import window_losses
 
-    judged = window_losses(dense_hidden_states(hidden, ids), ids, hidden.head_weight(), architecture.logit_softcap)
+    judged = window_losses(final_hidden_states(hidden, ids), ids, hidden.head_weight(), architecture.logit_softcap)
     np.testing.assert_allclose(judged, losses, rtol=1e-4)
 
 

@@ -10,13 +10,12 @@ from tiny import random_ids, save_family, tiny_llama
 from torch import nn
 
 from nirvana.compensation import compensate
-from nirvana.divergence import pruned_hidden_states
 from nirvana.errors import InputError
 from nirvana.files import write_json
 from nirvana.loading import load_model
 from nirvana.plan import Plan
 from nirvana.surgery import prune
-from nirvana.walk import Stack
+from nirvana.walk import Stack, final_hidden_states
 from nirvana.weights import model_digest
 from studies.comparison import DENSE, Text, Texts
 from studies.quantised import study
@@ -162,7 +161,7 @@ def test_as_stored_is_what_a_pruned_model_computes(quantised):
     keep, _ = quantised.keep("random", RATIO)
     ids = quantised.texts.evaluation.ids
     updates = dict(compensate(quantised.stack, keep, quantised.texts.compensation.ids))
-    expected = pruned_hidden_states(quantised.stack, keep, ids, updates)
+    expected = final_hidden_states(quantised.stack, ids, keep, updates)
     assert torch.equal(quantised_hidden_states(quantised.stack, keep, ids, updates, None), expected)
 
 
@@ -185,7 +184,7 @@ def test_other_layouts_are_rounded(family, tmp_path):
     sites, ids = stack.architecture.sites(), random_ids(2, 8)
     keep = {site.name: np.arange(site.units) for site in sites}
     plain, coarse = (quantised_hidden_states(stack, keep, ids, {}, each) for each in (None, INT4))
-    assert torch.equal(plain, pruned_hidden_states(stack, keep, ids))
+    assert torch.equal(plain, final_hidden_states(stack, ids, keep))
     assert torch.isfinite(coarse).all() and not torch.allclose(plain, coarse, atol=1e-3)
     shapes = stack.architecture.parameter_shapes
     sizes = [stored_bytes(stack, shapes, each) for each in (None, INT8, INT4)]

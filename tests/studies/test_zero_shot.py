@@ -13,12 +13,11 @@ import torch
 from tiny import random_ids, tiny_corpus, tiny_llama, tiny_sentence, tiny_tokenizer
 
 from nirvana.compensation import compensate
-from nirvana.divergence import pruned_hidden_states
 from nirvana.errors import InputError
 from nirvana.loading import load_model
 from nirvana.plan import Plan
 from nirvana.surgery import prune
-from nirvana.walk import Stack
+from nirvana.walk import Stack, final_hidden_states
 from nirvana.weights import model_digest
 from studies.comparison import DENSE, Text, Texts
 from studies.texts import read_text
@@ -295,7 +294,7 @@ def test_compensated_answers(zero_shot, sets):
     stack, (keep, _) = zero_shot.stack, zero_shot.keep("random", RATIO)
     updates = dict(compensate(stack, keep, zero_shot.texts.compensation.ids, zero_shot.ridge))
     found = score_items(
-        lambda ids: pruned_hidden_states(stack, keep, ids, updates),
+        lambda ids: final_hidden_states(stack, ids, keep, updates),
         stack.head_weight(),
         sets[1].items,
         tiny_tokenizer(),

@@ -8,9 +8,8 @@ import torch
 from tiny import tiny_llama, tiny_sentence, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from nirvana.divergence import dense_hidden_states
 from nirvana.errors import InputError
-from nirvana.walk import Stack
+from nirvana.walk import Stack, final_hidden_states
 from studies.zero_shot.scoring import score_items
 from tasks.corpus.documents import Document
 from tasks.evaluation.cloze import cloze_items
@@ -135,7 +134,7 @@ def test_agrees_with_lm_eval(tmp_path, monkeypatch):
     samples = [*raw["samples"]["cloze"], *raw["samples"]["continuation"]]
     theirs = [bool(sample["acc_norm" if "acc_norm" in sample else "acc"]) for sample in samples]
     stack = Stack.open(model_directory)
-    ours = score_items(lambda ids: dense_hidden_states(stack, ids), stack.head_weight(), [*words, *choices], tokenizer)
+    ours = score_items(lambda ids: final_hidden_states(stack, ids), stack.head_weight(), [*words, *choices], tokenizer)
     assert ours.tolist() == theirs
     assert 0 < sum(theirs[:24]) < 24 and 0 < sum(theirs[24:]) < 24
 
