@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 import nirvana
 from nirvana.checkpoint.prose import PROSE
+from nirvana.checkpoint.tokenizer import read_tokenizer
 from nirvana.errors import InputError
-from nirvana.export.parity import MaskedWeights
-from nirvana.export.parity_ids import read_tokenizer
 from nirvana.files import read_json, write_json
 from nirvana.head import head_logits
 from nirvana.loading import auto_class, load_model
+from nirvana.masking import masked_stack
 from nirvana.plan import Plan
 from nirvana.solved import compensated_parameters
 from nirvana.switches import unknown_keys, unusual_keys
@@ -105,8 +105,8 @@ def check_written(checkpoint: Path | str, dense: Stack, plan: Plan) -> Conforman
     updates = None
     if plan.compensation is not None:
         updates = {name: pruned.weights[name] for name in sorted(compensated_parameters(dense.architecture))}
-    weights = MaskedWeights(dense, plan.keep, updates)
-    masked = Stack(dense.architecture, weights, torch.device("cpu"), "streamed")
+    on_cpu = dataclasses.replace(dense, device=torch.device("cpu"), execution="streamed")
+    masked = masked_stack(on_cpu, plan.keep, updates)
     expected = f"expected {_class_name(pruned)} to compute what the dense model masked by the plan does"
     remedy = "nothing was written: the files are damaged on this disk, or this is a fault of ours: report it"
     return _compared(masked, pruned, Path(checkpoint), None, expected, lambda: remedy)

@@ -14,6 +14,11 @@ kind, such as the KV groups of one layer. A *slot* says which block of which par
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
 Module = Literal["attention", "mlp"]
 
 
@@ -34,6 +39,14 @@ class Slot:
     stored_as: str | None = None
     """The parameter that a dense checkpoint holds instead, where several layers read one: T5's relative position
     biases. A pruned checkpoint gives each layer its own slice; masking must leave the shared one alone."""
+
+    def indices(self, units: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the indices along `dim` that some units own, unit by unit."""
+        return (self.base + units[:, None] * self.block + np.arange(self.block)).ravel()
+
+    def by_unit(self, values: Float[Tensor, " size"], units: int) -> Float[Tensor, "units block"]:
+        """Return what the slot's units own of values that stand along `dim`, a row a unit."""
+        return values[self.base : self.base + units * self.block].view(units, self.block)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def _standardised_columns(
 ) -> Float[Tensor, " columns"]:
     site, slot = projection.site, projection.slot
     score = stack.parameter(slot.parameter).double().square().sum(dim=0).cpu() * statistics.variance(slot.parameter)
-    score = score[slot.base : slot.base + site.units * slot.block]
+    score = slot.by_unit(score, site.units).flatten()
     if site.module == "attention":
         score = score.square()
     spread = score.std()
@@ -85,8 +85,7 @@ def bias_compensation(
         removed = np.setdiff1d(np.arange(site.units), keep[site.name], assume_unique=True)
         if not len(removed):
             continue
-        first = slot.base + removed * slot.block
-        columns = torch.from_numpy((first[:, None] + np.arange(slot.block)).ravel())
+        columns = torch.from_numpy(slot.indices(removed))
         weight = stack.parameter(slot.parameter)
         mean = statistics.mean[slot.parameter][columns].to(weight.device)
         bias = weight.index_select(1, columns.to(weight.device)).double() @ mean

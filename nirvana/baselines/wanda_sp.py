@@ -37,8 +37,7 @@ def scores_from(stack: Stack, statistics: InputStatistics) -> dict[str, Float[Te
         for site, slot in ((each.site, each.slot) for each in projections):
             per_column = stack.parameter(slot.parameter).abs().mean(dim=0).cpu().double()
             per_column *= torch.sqrt(statistics.second_moment[slot.parameter])
-            owned = per_column[slot.base : slot.base + site.units * slot.block]
-            result[site.name] = owned.view(site.units, slot.block).sum(dim=1).float()
+            result[site.name] = slot.by_unit(per_column, site.units).sum(dim=1).float()
     return result
 
 

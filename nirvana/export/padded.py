@@ -7,11 +7,9 @@ tool that adds back removed units finds their places free.
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from nirvana.architectures.site import Slot
 from nirvana.checkpoint.config import both_spellings, own_head
 from nirvana.checkpoint.safetensors_stream import stream_safetensors
 from nirvana.checkpoint.tokenizer import carry
@@ -21,6 +19,7 @@ from nirvana.export.hf import TOLERANCE, every_position, measure_in_transformers
 from nirvana.export.source import Format, Options, Source, check_space
 from nirvana.files import write_json
 from nirvana.plan import Plan
+from nirvana.slicing import kept_indices, pruned_slots
 from nirvana.weights import INDEX_NAME, WEIGHTS_NAME
 
 
@@ -59,34 +58,22 @@ class _Padding:
 
     def __init__(self, source: Source):
         self._dense, self._pruned = source.dense.weights, source.pruned.weights
-        self._gone: dict[str, list[tuple[Slot, np.ndarray]]] = {}
-        self._shared: set[str] = set()
-        keep = source.plan.keep
-        for site in source.dense.architecture.sites():
-            units = np.setdiff1d(np.arange(site.units), keep[site.name])
-            for slot in site.slots:
-                if slot.stored_as is not None:
-                    self._shared |= {slot.parameter, slot.stored_as}
-                elif len(units):
-                    rows = slot.base + units[:, None] * slot.block + np.arange(slot.block)
-                    self._gone.setdefault(slot.parameter, []).append((slot, rows.ravel()))
+        sites = source.dense.architecture.sites()
+        self._pruned_slots = pruned_slots(sites, source.plan.keep)
+        shared = [slot for site in sites for slot in site.slots if slot.stored_as is not None]
+        self._shared = {name for slot in shared for name in (slot.parameter, slot.stored_as)}
 
     def __call__(self, name: str) -> Tensor:
         # A table that layers share is dense in every shape: where a unit's values are zero, its bias reaches nothing.
         if name in self._shared or name not in self._pruned:
             return self._dense[name]
         shape, kept = self._dense.shape(name), self._pruned[name]
-        if name not in self._gone:
+        pruned = self._pruned_slots.get(name)
+        if pruned is None:
             return kept
-        index: list[Tensor | slice] = [slice(None)] * len(shape)
-        staying = [np.ones(size, dtype=bool) for size in shape]
-        for slot, rows in self._gone[name]:
-            staying[slot.dim][rows] = False
-        (dim,) = {slot.dim for slot, _ in self._gone[name]}
-        index[dim] = torch.from_numpy(np.flatnonzero(staying[dim]))
-        padded = torch.zeros(shape, dtype=kept.dtype)
-        padded[tuple(index)] = kept
-        return padded
+        (dim,) = {slot.dim for slot, _ in pruned}
+        places = torch.from_numpy(kept_indices(pruned, dim, shape[dim]))
+        return torch.zeros(shape, dtype=kept.dtype).index_copy_(dim, places, kept)
 
 
 FORMAT = Format(

@@ -1,8 +1,6 @@
 """Whether exported files say what the pruned model says: logits compared on real tokens.
 
-The reference is the dense model with the weights of all condemned units set to zero, walked layer by layer. It shares
-neither files nor slicing code with what is compared to it, but for the parameters of a compensated checkpoint that were
-solved for: no plan says what is in them, so what is kept of them is the checkpoint's own.
+The reference is the dense model masked by the plan (`nirvana.masking`), walked layer by layer.
 """
 
 import dataclasses
@@ -18,12 +16,11 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nirvana.architectures.site import Slot
 from nirvana.errors import InputError
 from nirvana.head import head_logits
 from nirvana.loading import load_model
+from nirvana.masking import masked_stack
 from nirvana.walk import Stack, final_hidden_states
-from nirvana.weights import WeightFiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,46 +54,6 @@ class Parity:
         )
 
 
-class MaskedWeights(WeightFiles):
-    """A dense model's tensors with the parameters of condemned units set to zero.
-
-    Args:
-        dense: The dense model.
-        keep: Kept units by site name.
-        updates: Output projections, sliced, which take the place of the kept columns; other parameters, in whole.
-    """
-
-    def __init__(
-        self, dense: Stack, keep: Mapping[str, NDArray[np.int64]], updates: Mapping[str, Tensor] | None = None
-    ):
-        super().__init__(dense.weights.directory)
-        self.arrange(dense.weights.layout)
-        self._updates = updates or {}
-        self._condemned: dict[str, list[tuple[Slot, Tensor]]] = {}
-        for site in dense.architecture.sites():
-            units = np.setdiff1d(np.arange(site.units), keep[site.name])
-            for slot in site.slots:
-                # what several layers share stays: a unit with no values and no output columns is silent without it
-                if len(units) and slot.stored_as is None:
-                    rows = slot.base + units[:, None] * slot.block + np.arange(slot.block)
-                    self._condemned.setdefault(slot.parameter, []).append((slot, torch.from_numpy(rows.ravel())))
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Return one tensor, a copy where it is masked or updated."""
-        tensor = super().__getitem__(name)
-        if name not in self._condemned and name not in self._updates:
-            return tensor
-        tensor = tensor.clone()
-        for slot, rows in self._condemned.get(name, ()):
-            tensor.index_fill_(slot.dim, rows, 0)
-        if name in self._updates:
-            kept = torch.ones(tensor.shape[-1], dtype=torch.bool)
-            for _, columns in self._condemned.get(name, ()):
-                kept[columns] = False
-            tensor[..., kept] = self._updates[name]
-        return tensor
-
-
 @torch.no_grad()
 def masked_logits(
     model_directory: Path | str,
@@ -112,12 +69,11 @@ def masked_logits(
         keep: Kept units by site name.
         ids: One sequence, as `Stack.embed` takes it.
         positions: Which positions of the sequence that is predicted.
-        updates: See `MaskedWeights`.
+        updates: See `nirvana.masking.masked_stack`.
     """
-    stack = Stack.open(model_directory, execution="streamed")
-    masked = dataclasses.replace(stack, weights=MaskedWeights(stack, keep, updates))
+    masked = masked_stack(Stack.open(model_directory, execution="streamed"), keep, updates)
     hidden = final_hidden_states(masked, ids)[0, torch.from_numpy(positions)]
-    return head_logits(hidden, masked.head_weight(), stack.architecture.logit_softcap)
+    return head_logits(hidden, masked.head_weight(), masked.architecture.logit_softcap)
 
 
 @torch.no_grad()

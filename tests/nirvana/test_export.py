@@ -29,9 +29,10 @@ from nirvana.cli import app
 from nirvana.errors import InputError
 from nirvana.export import source as export_source
 from nirvana.export.export import EXPORT_NAME, Options, export_checkpoint
-from nirvana.export.parity import MaskedWeights, compare, masked_logits
+from nirvana.export.parity import compare, masked_logits
 from nirvana.files import sha256_directory
 from nirvana.loading import load_model
+from nirvana.masking import masked_stack
 from nirvana.plan import PLAN_NAME, Plan
 from nirvana.surgery import prune
 from nirvana.walk import Stack
@@ -84,7 +85,7 @@ def test_masking_zeroes_exactly_the_condemned(tmp_path):
     model = save_family("llama", tmp_path)
     keep = {site.name: np.arange(site.units) for site in Stack.open(model).architecture.sites()}
     keep["layers.0.kv_group"] = np.array([1])
-    weights = MaskedWeights(Stack.open(model), keep)
+    weights = masked_stack(Stack.open(model), keep).weights
     masked, stored = weights["model.layers.0.self_attn.q_proj.weight"], load_file(model / "model.safetensors")
     assert not masked[:16].any()  # two query heads of eight rows
     assert torch.equal(masked[16:], stored["model.layers.0.self_attn.q_proj.weight"][16:])
@@ -286,7 +287,7 @@ def test_updates_replace_the_kept_columns(tmp_path):
         "model.norm.weight",
     )
     updates = {partly: torch.full((32, 2), 7.0), wholly: torch.full((32, 48), 8.0), gain: torch.full((32,), 9.0)}
-    weights = MaskedWeights(dense, keep, updates)
+    weights = masked_stack(dense, keep, updates).weights
     expected = torch.zeros(32, 48)
     expected[:, [1, 4]] = 7.0
     assert torch.equal(weights[partly], expected)
