@@ -98,7 +98,7 @@ def _set_threads(threads: int) -> None:
 
 
 def _timed(step: Callable[[Path], None], directory: Path) -> tuple[float, int]:
-    from nirvana.anonymous_memory import PeakAnonymous
+    from nirvana.device import PeakAnonymous
 
     start = time.perf_counter()
     with PeakAnonymous() as memory:

@@ -10,7 +10,7 @@ from typing import Any
 
 from nirvana.files import atomic_file
 from tasks.check import is_sound
-from tasks.estimates import shown_file
+from tasks.estimates.table import shown_file
 from tasks.params import load_params
 from tasks.workers.process import ERROR_PREFIX
 

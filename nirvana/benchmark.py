@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from nirvana.device import available_bytes
 from nirvana.footprint import (
-    available_bytes,
     checkpoint_bytes,
     count_parameters,
     decode_weight_bytes,

@@ -14,13 +14,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from nirvana import anonymous_memory
+from nirvana.device import process_bytes
 from nirvana.errors import InputError
 from nirvana.greedy import decode, prefill
 from nirvana.loading import auto_class, load_model
 from nirvana.weights import WeightFiles, weight_files
-
-_STATUS = Path("/proc/self/status")
 
 
 def count_parameters(model: PreTrainedModel) -> int:
@@ -37,11 +35,6 @@ def float32_bytes(directory: Path | str) -> int:
     """Return the bytes that a checkpoint's weights take once loaded in float32."""
     weights = WeightFiles(directory)
     return sum(4 * math.prod(weights.shape(name)) for name in weights)
-
-
-def available_bytes(device: torch.device) -> int:
-    """Return how much memory new tensors can take on a device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else anonymous_memory.available_bytes()
 
 
 @torch.inference_mode()
@@ -150,9 +143,8 @@ def peak_bytes(
 
 def _resident_bytes(field: str) -> int:
     """Return VmRSS (now) or VmHWM (highest so far) of this process."""
-    if _STATUS.exists():
-        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
-        return int(line.split()[1]) * 1024
+    if found := process_bytes(field):
+        return found
     import resource  # macOS knows the highest only, in bytes
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -20,9 +20,9 @@ from nirvana.saliency import channel_key, channel_saliency
 from nirvana.walk import Execution, Stack
 from nirvana.weights import model_digest
 from tasks.corpus.token_files import read_ids
+from tasks.estimates.way_of_computing import chosen_way
 from tasks.workers.candidates import CACHE, candidate_key, forget, run_jobs, value_of
 from tasks.workers.jobs import Job, Progress
-from tasks.workers.way_of_computing import chosen_way
 
 if TYPE_CHECKING:
     from tasks.params import Params

@@ -120,9 +120,10 @@ def written_by(
 def _check_that_it_fits(model: Path, sequences: int, length: int, device: "torch.device", option: str) -> None:
     import torch
 
+    from nirvana.device import available_bytes
     from nirvana.errors import InputError
     from nirvana.estimate.memory import self_generation_bytes
-    from nirvana.estimate.steps import Sizes, Workload, device_bytes
+    from nirvana.estimate.steps import Sizes, Workload
 
     sizes, work = Sizes.of(model), Workload(self_generated=sequences, compensation_length=length)
     # on_cpu=False: mapped weights count too, for if they do not stay in memory, each token reads them from disk again
@@ -130,7 +131,7 @@ def _check_that_it_fits(model: Path, sequences: int, length: int, device: "torch
     if device.type != "cpu":
         needs[torch.device("cpu")] = 4 * sizes.weights  # where they are read before they go there
     for place, needed in needs.items():
-        free = device_bytes(place)
+        free = available_bytes(place)
         if needed > free:
             raise InputError(
                 f"{option}: expected fewer sequences, or 0, for a model whose weights in float32, keys and values need "

@@ -14,7 +14,7 @@ from nirvana.plan import Plan
 from nirvana.surgery import prune
 from nirvana.walk import Execution, Stack, final_hidden_states
 from tasks.corpus.token_files import read_ids
-from tasks.workers.way_of_computing import chosen_way
+from tasks.estimates.way_of_computing import chosen_way
 
 if TYPE_CHECKING:
     import torch

@@ -19,10 +19,10 @@ from nirvana.plan import from_ranges, to_ranges
 from nirvana.walk import Execution, Hidden, Stack, final_hidden_states
 from nirvana.weights import model_digest
 from tasks.corpus.token_files import read_ids
+from tasks.estimates.way_of_computing import chosen_way
 from tasks.unit_saliency import allocate_as_asked, candidate_files, read_unit_saliency
 from tasks.workers.candidates import CACHE, candidate_key, forget, run_jobs, value_of
 from tasks.workers.jobs import Job, Progress
-from tasks.workers.way_of_computing import chosen_way
 
 if TYPE_CHECKING:
     from tasks.params import Params

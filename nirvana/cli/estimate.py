@@ -41,7 +41,7 @@ def estimate(
     """Predict peak memory, disk and time of every step, with weights in memory or streamed, and what fits here."""
     from dataclasses import asdict
 
-    from nirvana.device import resolve_device
+    from nirvana.device import available_bytes, resolve_device
     from nirvana.estimate import steps as estimating
 
     on = resolve_device(device)
@@ -57,7 +57,7 @@ def estimate(
         **BEST if preset == "best" else {},
     )
     estimates = estimating.estimate(model, work, on)
-    free = estimating.device_bytes(on)
+    free = available_bytes(on)
     execution, memory = estimating.choose(model, work, on, "auto", "auto")
     if as_json:
         content = {

@@ -1,6 +1,6 @@
 """The peak memory of each step: what its walk holds at once, added up.
 
-Memory is what a process really occupies (`nirvana.anonymous_memory`): weights that are memory-mapped from float32 files
+Memory is what a process really occupies (`nirvana.device`): weights that are memory-mapped from float32 files
 are the kernel's to drop and do not count. Constants were measured, see docs/benchmarks.md.
 """
 

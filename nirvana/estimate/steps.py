@@ -1,6 +1,6 @@
 """What each step of the method will take: peak memory, disk, time; and which way of computing fits this machine.
 
-Memory is what a process really occupies (`nirvana.anonymous_memory`): weights that are memory-mapped from float32 files
+Memory is what a process really occupies (`nirvana.device`): weights that are memory-mapped from float32 files
 are the kernel's to drop and do not count. The formulas are in `nirvana.estimate.memory`; see docs/concepts.md.
 """
 
@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from nirvana.anonymous_memory import available_bytes
+from nirvana.device import available_bytes, devices
 from nirvana.estimate.memory import (
     BASE_BYTES,
     compensation_bytes,
@@ -37,8 +37,6 @@ __all__ = [
     "Workload",
     "choose",
     "choose_workers",
-    "device_bytes",
-    "devices",
     "estimate",
     "matmul_rate",
 ]
@@ -246,7 +244,7 @@ def choose(
         memory: As in params.yaml, `runtime.memory`.
     """
     sizes, on_cpu = Sizes.of(model_directory), device.type == "cpu"
-    free, side_by_side = FITS * device_bytes(device), math.ceil(work.workers / devices(device))
+    free, side_by_side = FITS * available_bytes(device), math.ceil(work.workers / devices(device))
     allowed = [way for way in _WAYS if execution in ("auto", way[0]) and memory in ("auto", way[1])]
     return next((way for way in allowed if side_by_side * _peak(sizes, work, way, on_cpu) <= free), allowed[-1])
 
@@ -271,7 +269,7 @@ def choose_workers(
     if 2 * sizes.weights * work.pool_size * work.sequences * work.sequence_length < WORTH_A_WORKER:
         return 1
     peak = _peak(sizes, alone, choose(model_directory, alone, device, execution, memory), device.type == "cpu")
-    return max(1, min(most, devices(device) * int(FITS * device_bytes(device) / peak)))
+    return max(1, min(most, devices(device) * int(FITS * available_bytes(device) / peak)))
 
 
 def _peak(sizes: Sizes, work: Workload, way: tuple[Execution, Memory], on_cpu: bool) -> int:
@@ -283,13 +281,3 @@ def _peak(sizes: Sizes, work: Workload, way: tuple[Execution, Memory], on_cpu: b
     if work.compensation_sequences:
         peak = max(peak, compensation_bytes(sizes, work, way[0], on_cpu))
     return peak
-
-
-def devices(device: torch.device) -> int:
-    """Return over how many devices workers spread: all GPUs, unless the device names one."""
-    return max(1, torch.cuda.device_count()) if device.type == "cuda" and device.index is None else 1
-
-
-def device_bytes(device: torch.device) -> int:
-    """Return the memory that can still be taken on a device; of several GPUs, on the first."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()

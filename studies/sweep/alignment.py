@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from nirvana.allocation import Keep
 from nirvana.benchmark import Latency, Workload, machine_of, measure_rounds
+from nirvana.device import available_bytes
 from nirvana.files import scratch_directory
-from nirvana.footprint import available_bytes, float32_bytes
+from nirvana.footprint import float32_bytes
 from nirvana.loading import load_model
 from nirvana.plan import Plan
 from nirvana.surgery import prune

@@ -136,12 +136,9 @@ def shortages(params: "Params", model: Path) -> Iterator[str]:
     """Yield what this machine is too small for: warnings, for results may be there already, or come from elsewhere."""
     import shutil
 
-    import psutil
-    import torch
-
-    from nirvana.device import resolve_device
+    from nirvana.device import resolve_device, total_bytes
     from nirvana.estimate.steps import estimate
-    from tasks.estimates import workload
+    from tasks.estimates.table import workload
 
     try:
         device = resolve_device(params.runtime.device)
@@ -149,7 +146,7 @@ def shortages(params: "Params", model: Path) -> Iterator[str]:
         yield str(error)
         return
     steps = estimate(model, workload(params), device, operations_per_second=1e12)
-    there = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else psutil.virtual_memory().total
+    there = total_bytes(device)
     least: dict[str, int] = {}
     for step in steps:
         least[step.step] = min(step.peak_bytes, least.get(step.step, step.peak_bytes))

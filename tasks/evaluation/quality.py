@@ -17,6 +17,7 @@ from nirvana.loading import load_config, load_model
 from nirvana.walk import Stack
 from tasks.corpus.documents import Document, read_documents
 from tasks.corpus.span_corruption import SPANS
+from tasks.estimates.way_of_computing import chosen_way
 from tasks.evaluation.cloze import write_cloze_task
 from tasks.evaluation.continuation import write_continuation_task
 from tasks.evaluation.lm_eval_json import deterministic, headline_metrics
@@ -24,7 +25,6 @@ from tasks.evaluation.lm_eval_task import OFFLINE_TASKS
 from tasks.evaluation.perplexity_text import perplexity_text
 from tasks.evaluation.task_names import unknown_task
 from tasks.sources.model_directory import load_tokenizer
-from tasks.workers.way_of_computing import chosen_way
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

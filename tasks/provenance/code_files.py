@@ -1,10 +1,10 @@
 """Which source files a step's result depends on: the transitive imports of its module, read from the syntax tree.
 
 An import counts wherever it stands, at the top or inside a function, unless it serves type checking only. Not code
-of any step: the `__init__.py` of `nirvana` and of `tasks`, which hold no logic, and the few modules that decide how a
-step computes and never what (tests hold their results equal byte for byte). A string literal that names a file
-beside the module, or in its `templates/` directory, is a dependency too: templates, and sources copied as text. So
-is every module of a package that an f-string goes on from ("nirvana.architectures.{name}"): they are found by name.
+of any step: the `__init__.py` of `nirvana` and of `tasks`, which hold no logic, and the packages that predict what a
+step takes and so decide how it computes, never what: weights resident or streamed, activations kept or recomputed
+(tests hold the results equal byte for byte). A string literal that names a file beside the module, or in its
+`templates/` directory, is a dependency too: templates, and sources copied as text. So is every module of a package that an f-string goes on from ("nirvana.architectures.{name}"): they are found by name.
 """
 
 import ast
@@ -13,17 +13,7 @@ from pathlib import Path
 
 _PACKAGES = ("nirvana", "tasks", "studies")
 _NO_LOGIC = {Path("nirvana/__init__.py"), Path("tasks/__init__.py")}
-# How a step computes, never what: weights resident or streamed, activations kept or recomputed.
-HOW_NOT_WHAT = {
-    Path(file)
-    for file in (
-        "nirvana/anonymous_memory.py",
-        "nirvana/estimate/steps.py",
-        "nirvana/estimate/memory.py",
-        "nirvana/estimate/sizes.py",
-        "tasks/workers/way_of_computing.py",
-    )
-}
+HOW_NOT_WHAT = (Path("nirvana/estimate"), Path("tasks/estimates"))
 
 
 def code_files(step_module: Path | str, root: Path | str = ".") -> list[str]:
@@ -42,7 +32,7 @@ def code_files(step_module: Path | str, root: Path | str = ".") -> list[str]:
     waiting = [Path(step_module)]
     while waiting:
         file = waiting.pop()
-        if file in found or file in _NO_LOGIC | HOW_NOT_WHAT:
+        if file in found or file in _NO_LOGIC or any(package in file.parents for package in HOW_NOT_WHAT):
             continue
         found.add(file)
         if file.suffix == ".py":

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from nirvana.anonymous_memory import PeakAnonymous
+from nirvana.device import PeakAnonymous
 from tasks.tracking.loopback import keep_loopback_direct
 from tasks.tracking.redaction import redact_logs
 from tasks.workers.child import DRIVER_PID

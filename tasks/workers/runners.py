@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nirvana.estimate.steps import devices
+from nirvana.device import devices
 from tasks.workers.jobs import Finish, Job, Progress, Worker
 
 if TYPE_CHECKING:

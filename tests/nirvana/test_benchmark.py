@@ -16,9 +16,9 @@ from transformers import (
 
 from nirvana import benchmark as benchmark_module
 from nirvana.benchmark import Workload, benchmark, compare, measure_latencies, speeds
+from nirvana.device import available_bytes
 from nirvana.errors import InputError
 from nirvana.footprint import (
-    available_bytes,
     checkpoint_bytes,
     count_parameters,
     decode_weight_bytes,

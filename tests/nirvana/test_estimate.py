@@ -230,7 +230,7 @@ def test_more_tokens_take_more_and_fast_takes_more_than_lean(eight_billion):
     [(200, ("resident", "fast")), (51, ("resident", "lean")), (8, ("streamed", "lean")), (1, ("streamed", "lean"))],
 )
 def test_auto_takes_the_fastest_way_that_fits(free_gb, expected, eight_billion, monkeypatch):
-    monkeypatch.setattr(estimate, "available_bytes", lambda: free_gb * 10**9)
+    monkeypatch.setattr(estimate, "available_bytes", lambda device: free_gb * 10**9)
     assert choose(eight_billion, Workload(), torch.device("cpu"), "auto", "auto") == expected
 
 
@@ -238,7 +238,7 @@ def test_auto_streams_fisher_where_its_own_peak_does_not_fit(eight_billion, monk
     fisher, sizes = Workload(saliency="fisher", sequences=2), Sizes.of(eight_billion)
     for share, expected in ((0.99, "streamed"), (1.01, "resident")):
         free = int(share * fisher_bytes(sizes, fisher, "resident") / estimate.FITS)
-        monkeypatch.setattr(estimate, "available_bytes", lambda free=free: free)
+        monkeypatch.setattr(estimate, "available_bytes", lambda device, free=free: free)
         assert choose(eight_billion, fisher, torch.device("cpu"), "auto", "auto")[0] == expected
     # the gradients of weights, which it does not have, would not have fitted
     assert (
@@ -247,10 +247,10 @@ def test_auto_streams_fisher_where_its_own_peak_does_not_fit(eight_billion, monk
 
 
 def test_auto_leaves_alone_what_is_asked_for(eight_billion, monkeypatch):
-    monkeypatch.setattr(estimate, "available_bytes", lambda: 200 * 10**9)
+    monkeypatch.setattr(estimate, "available_bytes", lambda device: 200 * 10**9)
     assert choose(eight_billion, Workload(), torch.device("cpu"), "streamed", "auto") == ("streamed", "lean")
     assert choose(eight_billion, Workload(), torch.device("cpu"), "auto", "lean") == ("resident", "lean")
-    monkeypatch.setattr(estimate, "available_bytes", lambda: 10**9)
+    monkeypatch.setattr(estimate, "available_bytes", lambda device: 10**9)
     assert choose(eight_billion, Workload(), torch.device("cpu"), "resident", "auto") == ("resident", "lean")
 
 

@@ -8,7 +8,7 @@ from tiny import tiny_llama
 
 from nirvana.cli.estimate import BEST
 from nirvana.errors import InputError
-from tasks import estimates
+from tasks.estimates import table as estimates
 from tasks.params import PARAMS_FILE, load_params
 
 ROOT_PARAMS = PARAMS_FILE.resolve()

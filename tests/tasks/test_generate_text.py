@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 from tiny import tiny_llama, tiny_t5
 from tokenizers import AddedToken
 
+from nirvana import device as machine
 from nirvana.errors import InputError
-from nirvana.estimate import steps as estimate
 from nirvana.estimate.memory import self_generation_bytes
 from nirvana.estimate.steps import Sizes, Workload
 from nirvana.generation import generate
@@ -153,16 +153,16 @@ def test_a_model_that_does_not_fit_is_one_clear_line(model, monkeypatch):
     needed = self_generation_bytes(Sizes.of(model), Workload(self_generated=3, compensation_length=9), on_cpu=False)
     # float32 files are mapped, but have to stay in memory
     assert Sizes.of(model).stored_bytes == 4
-    monkeypatch.setattr(estimate, "device_bytes", lambda device: needed - 1)
+    monkeypatch.setattr(machine, "available_bytes", lambda device: needed - 1)
     expected = r"compensation.self_generated: expected fewer sequences, or 0, .* need 0.5 GB, .* free on cpu; ask for"
     with pytest.raises(InputError, match=expected):
         written_by(model, 3, 9, 0, False, CPU)
-    monkeypatch.setattr(estimate, "device_bytes", lambda device: needed)
+    monkeypatch.setattr(machine, "available_bytes", lambda device: needed)
     assert written_by(model, 3, 9, 0, False, CPU).shape == (3, 9)
 
 
 def test_what_goes_to_a_gpu_has_to_fit_into_this_machine_first(model, monkeypatch):
     free = {"cuda": 10**12, "cpu": 4 * Sizes.of(model).weights - 1}
-    monkeypatch.setattr(estimate, "device_bytes", lambda device: free[device.type])
+    monkeypatch.setattr(machine, "available_bytes", lambda device: free[device.type])
     with pytest.raises(InputError, match="free on cpu; ask for fewer"):
         written_by(model, 3, 9, 0, False, torch.device("cuda"))

@@ -10,8 +10,8 @@ from tiny import tiny_llama
 from nirvana.estimate import steps as estimate
 from nirvana.estimate.memory import fisher_bytes
 from nirvana.estimate.steps import Sizes, Workload, choose
+from tasks.estimates.way_of_computing import workers_of
 from tasks.params import Runtime
-from tasks.workers.way_of_computing import workers_of
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 AUTO = Runtime("auto", "auto", "auto", "processes", "auto", None)
@@ -30,7 +30,7 @@ def model(tmp_path_factory):
 
 
 def has_memory(monkeypatch, size):
-    monkeypatch.setattr(estimate, "device_bytes", lambda device: size)
+    monkeypatch.setattr(estimate, "available_bytes", lambda device: size)
 
 
 def test_cores_and_candidates_bound_them(model, monkeypatch):

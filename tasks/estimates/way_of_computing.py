@@ -1,7 +1,6 @@
 """What `runtime.execution`, `memory` and `workers` come to for a step that walks the model."""
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nirvana.estimate.steps import Workload, choose, choose_workers, devices
+from nirvana.device import most_workers
+from nirvana.estimate.steps import Workload, choose, choose_workers
 from nirvana.walk import Execution, Memory
 
 if TYPE_CHECKING:
@@ -66,5 +66,5 @@ def workers_of(runtime: "Runtime", model: Path, work: Workload, device: torch.de
         return 1
     if runtime.workers != "auto":
         return min(runtime.workers, work.pool_size)
-    most = devices(device) if device.type == "cuda" else len(os.sched_getaffinity(0))
-    return choose_workers(model, work, device, runtime.execution, runtime.memory, min(most, work.pool_size))
+    most = min(most_workers(device), work.pool_size)
+    return choose_workers(model, work, device, runtime.execution, runtime.memory, most)

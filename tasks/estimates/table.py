@@ -1,4 +1,4 @@
-"""`python -m tasks.estimates`: what the steps of params.yaml will take of this machine, as a table.
+"""What the steps of params.yaml will take of this machine, as a table.
 
 The flow shows it before the first step that walks the model, once for each model and setting.
 """
@@ -78,11 +78,11 @@ def main() -> None:
 
     from rich.console import Console
 
-    from nirvana.device import resolve_device
-    from nirvana.estimate.steps import choose, device_bytes, estimate
+    from nirvana.device import available_bytes, resolve_device
+    from nirvana.estimate.steps import choose, estimate
     from nirvana.estimate.table import estimate_table
     from nirvana.files import atomic_file
-    from tasks.workers.way_of_computing import workers_of
+    from tasks.estimates.way_of_computing import workers_of
 
     params = load_params()
     file = shown_file(params)
@@ -92,7 +92,7 @@ def main() -> None:
     device, work = resolve_device(params.runtime.device), workload(params)
     work = replace(work, workers=workers_of(params.runtime, MODEL, work, device))
     execution, memory = choose(MODEL, work, device, params.runtime.execution, params.runtime.memory)
-    free = device_bytes(device)
+    free = available_bytes(device)
     text = StringIO()
     console = Console(file=text, width=100)
     console.print(estimate_table(estimate(MODEL, work, device), free, "What the steps will take"))
@@ -100,10 +100,3 @@ def main() -> None:
     with atomic_file(file) as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8")
     sys.stdout.write(text.getvalue())
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
