@@ -12,7 +12,7 @@ from nirvana.files import atomic_file
 from tasks.check import is_sound
 from tasks.estimates.table import shown_file
 from tasks.params import load_params
-from tasks.workers.process import ERROR_PREFIX
+from tasks.workers.process import ERROR_PREFIX, WARNING_PREFIX
 
 _CHECK_SECONDS = 300
 
@@ -34,8 +34,8 @@ def fault_known_early(logger: Any) -> str | None:
         logger.warning("not checked ahead (%s); a step says what it cannot do", last[-300:])
         return None
     for line in [*others, last]:
-        if line.startswith("warning: "):
-            logger.warning("%s", line.removeprefix("warning: "))
+        if line.startswith(WARNING_PREFIX):
+            logger.warning("%s", line.removeprefix(WARNING_PREFIX))
     return None
 
 

@@ -29,10 +29,10 @@ from nirvana.errors import InputError
 from tasks.params import load_params
 from tasks.record import is_recorded, record_failure
 from tasks.registry import STEPS
-from tasks.tracking.mlflow_store import STORE_FAULT
+from tasks.tracking.mlflow_store import is_store_fault
 from tasks.tracking.redaction import redact
 from tasks.workers.child import DRIVER_PID
-from tasks.workers.process import ERROR_PREFIX, log_file
+from tasks.workers.process import ERROR_PREFIX, WARNING_PREFIX, log_file
 
 WAIT_MINUTES = 60
 
@@ -131,20 +131,16 @@ def _bring_all_up_to_date(names: list[str], bring: Callable[[str], State], logge
         step_start = time.monotonic()
         state = bring(name)
         message = state.message or f"{name} failed"
-        if not state.is_completed() and not (name == "record" and _is_the_stores_fault(message)):
+        if not state.is_completed() and not (name == "record" and is_store_fault(message)):
             return _fail(name, message, logger)
         outcome = (state.name or "") if state.is_completed() else NOT_RECORDED
         results.append(StepResult(name, outcome, time.monotonic() - step_start))
     print_summary(results, time.monotonic() - start)
     if results[-1].state == NOT_RECORDED:
-        sys.stderr.write(f"warning: not recorded: {message}; results stand, the next run records them\n")
+        sys.stderr.write(f"{WARNING_PREFIX}not recorded: {message}; results stand, the next run records them\n")
         return Completed(message="not recorded")
     ran = sum(result.state != CACHED for result in results)
     return Completed(message=f"{ran} of {len(results)} steps ran" if ran else "nothing changed")
-
-
-def _is_the_stores_fault(message: str) -> bool:
-    return message.startswith(STORE_FAULT)
 
 
 def _names(until: str | None) -> list[str]:
@@ -195,7 +191,7 @@ def _shown_if_possible(until: str | None, wait_minutes: int) -> State:
             if _ends:
                 return _ends[-1]
             fault = f"Prefect: expected it to show this run, got {redact(' '.join(str(error).split())[:300])}"
-    sys.stderr.write(f"warning: {fault}; the steps run without it\n")
+    sys.stderr.write(f"{WARNING_PREFIX}{fault}; the steps run without it\n")
     return _without_prefect(until, wait_minutes)
 
 

@@ -6,16 +6,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import psutil
 
 from flows import own_files, verify
 from nirvana.errors import InputError
-from tasks.workers.process import ERROR_PREFIX, log_file, read_record
+from tasks.workers.process import last_error, log_file, parsed_line, read_record
 
 _ATTEMPTS = 3  # at making a damaged result again: more would hide a disk that fails
-_LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO|WARNING|ERROR|CRITICAL) (.*)$")
 
 Logger = logging.Logger | logging.LoggerAdapter
 
@@ -153,14 +151,9 @@ def _token(name: str) -> str | None:
 
 
 def _cause(name: str, token: str | None, error: Exception) -> str:
-    """Return the last `error:` line of the step's log if it ran, else what DVC says."""
-    if _token(name) != token:
-        log = log_file(name)
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-        for line in reversed(lines):
-            _, found, message = line.partition(f" ERROR {ERROR_PREFIX}")
-            if found:
-                return message
+    """Return the last error of the step's log if it ran, else what DVC says."""
+    if _token(name) != token and (said := last_error(name)):
+        return said
     # DVC wraps: the innermost error says it best
     innermost: BaseException = error
     while innermost.__cause__ is not None:
@@ -207,13 +200,7 @@ def _pass_on(name: str, offset: int, logger: Logger, last: bool) -> int:
     # a line that is being written stays for the next look
     complete = content if last else content[: content.rfind(b"\n") + 1]
     for line in complete.decode("utf-8", errors="replace").splitlines():
-        _emit(line, logger)
+        level, message = parsed_line(line)
+        if message.strip():
+            logger.log(level, "%s", message)
     return offset + len(complete)
-
-
-def _emit(line: str, logger: Logger) -> None:
-    found = _LOG_LINE.match(line)
-    level: Any = logging.getLevelName(found.group(1)) if found else logging.INFO
-    message = found.group(2) if found else line
-    if message.strip():
-        logger.log(level, "%s", message)

@@ -102,7 +102,7 @@ def _version(name: str) -> str:
 def main() -> int:
     """Check, say what was found, and return the exit status: 0 sound, 2 not, 1 a defect of ours."""
     from tasks.tracking.redaction import redact, redact_logs
-    from tasks.workers.process import ERROR_PREFIX
+    from tasks.workers.process import ERROR_PREFIX, WARNING_PREFIX
 
     redact_logs()
     os.environ.setdefault("TQDM_DISABLE", "1")  # it is read when tqdm is imported
@@ -122,7 +122,7 @@ def main() -> int:
         sys.stderr.write(f"{ERROR_PREFIX}the check itself failed with {cause}; NIRVANA_TRACEBACK=1 shows where\n")
         return 1
     for warning in warnings:
-        sys.stderr.write(f"warning: {redact(warning)}\n")
+        sys.stderr.write(f"{WARNING_PREFIX}{redact(warning)}\n")
     _remember(params)
     sys.stdout.write("nothing found that cannot work\n" if not warnings else "")
     return 0

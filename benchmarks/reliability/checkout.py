@@ -48,7 +48,7 @@ logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stre
 import flows.environment
 from flows.step import StepFailedError, bring_up_to_date
 from tasks.workers.child import DRIVER_PID
-from tasks.tracking.mlflow_store import STORE_FAULT
+from tasks.tracking.mlflow_store import is_store_fault
 from tasks.record import is_recorded
 from tasks.registry import STEPS
 os.environ[DRIVER_PID] = str(os.getpid())
@@ -58,7 +58,7 @@ for step in STEPS[names.index(sys.argv[1]) : names.index(sys.argv[2]) + 1]:
         force = step.name == "record" and not is_recorded()
         bring_up_to_date(step.name, logging.getLogger("drive"), 60, force)
     except StepFailedError as error:
-        if step.name == "record" and str(error).startswith(STORE_FAULT):
+        if step.name == "record" and is_store_fault(str(error)):
             sys.exit(print(f"WARNING not recorded: {error}"))
         sys.exit(f"error: {error}")
 """

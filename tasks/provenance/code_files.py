@@ -4,7 +4,8 @@ An import counts wherever it stands, at the top or inside a function, unless it 
 of any step: the `__init__.py` of `nirvana` and of `tasks`, which hold no logic, and the packages that predict what a
 step takes and so decide how it computes, never what: weights resident or streamed, activations kept or recomputed
 (tests hold the results equal byte for byte). A string literal that names a file beside the module, or in its
-`templates/` directory, is a dependency too: templates, and sources copied as text. So is every module of a package that an f-string goes on from ("nirvana.architectures.{name}"): they are found by name.
+`templates/` directory, is a dependency too: templates, and sources copied as text. So is every module of a package
+that an f-string goes on from ("nirvana.architectures.{name}"): they are found by name.
 """
 
 import ast

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 EXPERIMENT = "nirvana"
 DATABASE = "mlflow.db"
 ARTIFACTS = "mlartifacts"
-STORE_FAULT = "MLflow"
-"""How a line about the store begins: results stand, and are recorded once it is there."""
+_STORE_FAULT = "MLflow"
+"""How a line about the store begins."""
 ANSWER_SECONDS = 5
 """How long a server may take to accept a connection."""
 
@@ -34,6 +34,11 @@ ANSWER_SECONDS = 5
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _STORE_LIBRARIES = ("sqlalchemy", "alembic", "sqlite3", "requests", "urllib3", "psycopg2")
+
+
+def is_store_fault(message: str) -> bool:
+    """Tell whether a line of `record` blames the store alone: results stand, and are recorded once it is there."""
+    return message.startswith(_STORE_FAULT)
 
 
 def history_root(directory: Path | None = None) -> Path:
@@ -112,7 +117,7 @@ def store_fault() -> str | None:
         file = Path(rest.removeprefix("/").partition("?")[0])
         fault = database_fault(file, tables=("experiments", "runs", "alembic_version"))
         return fault and (
-            f"{STORE_FAULT}'s database {_shown(file)}: expected one that can be written to, got: {fault}; move it "
+            f"{_STORE_FAULT}'s database {_shown(file)}: expected one that can be written to, got: {fault}; move it "
             f"aside (mv {_shown(file)} {_shown(file)}.damaged), the next run makes a new one and records there"
         )
     address = urlsplit(uri)
@@ -120,7 +125,7 @@ def store_fault() -> str | None:
         host, port = address.hostname, address.port or _PORTS.get(re.split(r"\+", scheme)[0])
     except ValueError:
         return (
-            f"{STORE_FAULT} at {public_uri()}: expected an address whose port is a number; correct MLFLOW_TRACKING_URI"
+            f"{_STORE_FAULT} at {public_uri()}: expected an address whose port is a number; correct MLFLOW_TRACKING_URI"
         )
     if not host or not port or _by_proxy(scheme, host):
         return None
@@ -130,7 +135,7 @@ def store_fault() -> str | None:
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         return (
-            f"{STORE_FAULT} at {public_uri()}: expected a store that takes this run, got {redact(why)}; start it, or "
+            f"{_STORE_FAULT} at {public_uri()}: expected a store that takes this run, got {redact(why)}; start it, or "
             "check or unset MLFLOW_TRACKING_URI"
         )
 
@@ -183,7 +188,7 @@ def _explained(answer: str) -> str:
         remedy = "check MLFLOW_TRACKING_URI or unset it"
     else:
         remedy = f"move it aside (mv {DATABASE} {DATABASE}.other), the next run makes a new one and records there"
-    return f"{STORE_FAULT} at {public_uri()}: expected a store that takes this run, got {said!r}; {remedy}"
+    return f"{_STORE_FAULT} at {public_uri()}: expected a store that takes this run, got {said!r}; {remedy}"
 
 
 def _experiment_id(client: "MlflowClient", root: Path) -> str:

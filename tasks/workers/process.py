@@ -8,6 +8,7 @@ import errno
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import sys
@@ -25,6 +26,10 @@ from tasks.workers.child import DRIVER_PID
 
 RECORDS = Path(".cache/steps")
 ERROR_PREFIX = "error: "
+WARNING_PREFIX = "warning: "
+
+_LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+_LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO|WARNING|ERROR|CRITICAL) (.*)$")
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DISK_WORDS = ("no space left on device", "disk quota exceeded", "file too large", "disk is full", "os error 28")
@@ -113,7 +118,7 @@ def start_logging(step: str) -> None:
     with suppress(OSError):
         RECORDS.mkdir(parents=True, exist_ok=True)
         to_file = logging.FileHandler(log_file(step), mode="w", encoding="utf-8")
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        to_file.setFormatter(logging.Formatter(_LOG_FORMAT))
         handlers.append(to_file)
     if DRIVER_PID not in os.environ:
         to_stderr = logging.StreamHandler()
@@ -123,6 +128,22 @@ def start_logging(step: str) -> None:
     logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
     for noisy in ("httpx", "urllib3", "filelock", "alembic", "matplotlib", "fsspec", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def parsed_line(line: str) -> tuple[int, str]:
+    """Return the level and the message of a line that `start_logging` wrote; any other line is information."""
+    found = _LOG_LINE.match(line)
+    return (logging.getLevelNamesMapping()[found[1]], found[2]) if found else (logging.INFO, line)
+
+
+def last_error(step: str) -> str | None:
+    """Return the cause that a step's log ends in, or None where it tells none."""
+    log = log_file(step)
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    for level, message in map(parsed_line, reversed(lines)):
+        if level == logging.ERROR and message.startswith(ERROR_PREFIX):
+            return message.removeprefix(ERROR_PREFIX)
+    return None
 
 
 def disk_full_line(error: BaseException, step: str, inputs: Iterable[Path]) -> str | None:
