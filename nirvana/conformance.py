@@ -22,13 +22,13 @@ from torch import Tensor, nn
 import nirvana
 from nirvana.checkpoint.prose import PROSE
 from nirvana.checkpoint.tokenizer import read_tokenizer
+from nirvana.compensated_weights import compensated_parameters
 from nirvana.errors import InputError
 from nirvana.files import read_json, write_json
 from nirvana.head import head_logits
 from nirvana.loading import auto_class, load_model
 from nirvana.masking import masked_stack
 from nirvana.plan import Plan
-from nirvana.solved import compensated_parameters
 from nirvana.switches import unknown_keys, unusual_keys
 from nirvana.walk import Ids, Stack, as_streams
 from nirvana.weights import weight_files

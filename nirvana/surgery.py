@@ -3,14 +3,13 @@
 The shapes are known before any tensor is read, so the safetensors header is written first and the tensors follow one
 at a time: memory is one tensor, time about that of copying the file. Checkpoints appear whole or not at all.
 
-Where the plan has a compensation, it is solved first, layer by layer, and the solutions are written in place of the
-sliced ones: memory is then one layer, or where weights are resident the model.
+Where the plan has a compensation, it is solved first, layer by layer, and each solution is written to its place in the
+file at once: memory is then one layer, or where weights are resident the model.
 """
 
 import errno
-import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,16 +19,16 @@ from nirvana.checkpoint import modeling_nirvana
 from nirvana.checkpoint.config import MODELING_FILE, own_head, pruned_config
 from nirvana.checkpoint.digests import write_digests
 from nirvana.checkpoint.reading import settled_tokenizer
-from nirvana.checkpoint.safetensors_stream import stream_safetensors
+from nirvana.checkpoint.safetensors_stream import Shards, described_bytes
 from nirvana.checkpoint.tokenizer import carry
+from nirvana.compensated_weights import Fit, compensated_weights
 from nirvana.conformance import check_walk, check_written
 from nirvana.errors import InputError
-from nirvana.files import atomic_directory, scratch_directory, write_json
+from nirvana.files import atomic_directory, write_json
 from nirvana.plan import PLAN_NAME, Plan
 from nirvana.slicing import Slicer
-from nirvana.solved import Fit, read_solved, solved_parameters
 from nirvana.walk import Execution, Stack
-from nirvana.weights import FLOAT_TYPES, INDEX_NAME, WEIGHTS_NAME, WeightFiles, model_digest
+from nirvana.weights import model_digest
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -82,22 +81,28 @@ def prune(
     config = pruned_config(architecture, plan.keep) | own_head(stack)
     written = _written(stack, stock=config["model_type"] == architecture.model_type)
     fit = Fit.planned(plan, stack, calibration)
-    twice = {name: written[name] for name in fit.names} if fit else {}  # solved, then copied into the checkpoint
-    _check_space(target, _checkpoint_bytes(weights, slicer, written) + _checkpoint_bytes(weights, slicer, twice))
+    described = {
+        name: (weights.dtype(stored), slicer.shape(name, weights.shape(stored))) for name, stored in written.items()
+    }
+    needed = described_bytes(described)
+    _check_space(target, needed)
     if verified and fit:
         check_walk(source)  # before the costly part; else what is written tells
+
+    def cut(name: str) -> Tensor:
+        on_tensor(name)
+        return slicer.apply(name, weights[written[name]])
+
     try:
-        if fit is not None and tokenizer is not None:
-            with scratch_directory(target) as scratch:  # whether the tokenizer can be had is known before it is solved
-                write_json(scratch / "config.json", config)
-                carry(source, scratch, tokenizer, page)
-        with (
-            solved_parameters(fit, stack, plan, target, on_layer) as solved,
-            atomic_directory(target) as temporary,
-        ):
-            digests = _write_weights(weights, slicer, written, solved, temporary, on_tensor)
+        with atomic_directory(target) as temporary:
             write_json(temporary / "config.json", config)
-            carry(source, temporary, tokenizer, page)
+            carry(source, temporary, tokenizer, page)  # whether the tokenizer can be had is known before the rest
+            # one output file for each input file, so that shards keep their size relation and names
+            shards = Shards(temporary, described, {name: weights.file_of[written[name]].name for name in written})
+            for name, matrix in compensated_weights(fit, stack, plan, on_layer) if fit else ():
+                shards.put(name, matrix)
+                on_tensor(name)
+            digests = shards.complete(cut)
             if "auto_map" in config:
                 shutil.copyfile(modeling_nirvana.__file__, temporary / MODELING_FILE)
             plan.write(temporary / PLAN_NAME)
@@ -108,9 +113,8 @@ def prune(
         if error.errno not in _DISK_ERRORS:
             raise
         raise InputError(
-            f"{target}: the disk became full while the checkpoint was written, expected "
-            f"{_checkpoint_bytes(weights, slicer, written) / 1e6:.0f} MB ({error.strerror}); free some space "
-            "and run again"
+            f"{target}: the disk became full while the checkpoint was written, expected {needed / 1e6:.0f} MB "
+            f"({error.strerror}); free some space and run again"
         ) from error
 
 
@@ -143,14 +147,6 @@ def _written(stack: Stack, stock: bool) -> dict[str, str]:
     return {name: stack.stored_name(name) for name in sorted(names)}
 
 
-def _tensor_bytes(weights: WeightFiles, slicer: Slicer, name: str, stored: str) -> int:
-    return math.prod(slicer.shape(name, weights.shape(stored))) * FLOAT_TYPES[weights.dtype(stored)]
-
-
-def _checkpoint_bytes(weights: WeightFiles, slicer: Slicer, written: Mapping[str, str]) -> int:
-    return sum(_tensor_bytes(weights, slicer, name, stored) for name, stored in written.items())
-
-
 def _check_space(target: Path, needed: int) -> None:
     parent = next(p for p in target.absolute().parents if p.exists())
     free = shutil.disk_usage(parent).free
@@ -159,49 +155,3 @@ def _check_space(target: Path, needed: int) -> None:
             f"{target}: expected {needed / 1e6:.0f} MB of free disk for the checkpoint, got {free / 1e6:.0f} MB; "
             "free some space or write elsewhere"
         )
-
-
-def _write_weights(
-    weights: WeightFiles,
-    slicer: Slicer,
-    written: Mapping[str, str],
-    solved: Mapping[str, Path],
-    directory: Path,
-    on_tensor: Callable[[str], None],
-) -> dict[str, str]:
-    """Write one output file for each input file, so that shards keep their size relation and names.
-
-    Returns:
-        The SHA-256 of each, by name.
-    """
-    files: dict[str, dict[str, str]] = {}
-    for name, stored in written.items():
-        files.setdefault(weights.file_of[stored].name, {})[name] = stored
-    digests = {
-        file_name: _write_file(weights, slicer, directory / file_name, names, solved, on_tensor)
-        for file_name, names in sorted(files.items())
-    }
-    if list(files) != [WEIGHTS_NAME]:  # a single shard of another name is found by its index only
-        weight_map = {name: file_name for file_name, names in files.items() for name in names}
-        total = _checkpoint_bytes(weights, slicer, written)
-        write_json(directory / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return digests
-
-
-def _write_file(
-    weights: WeightFiles,
-    slicer: Slicer,
-    path: Path,
-    stored: Mapping[str, str],
-    solved: Mapping[str, Path],
-    on_tensor: Callable[[str], None],
-) -> str:
-    header = {
-        name: (weights.dtype(source), slicer.shape(name, weights.shape(source))) for name, source in stored.items()
-    }
-
-    def read(name: str) -> Tensor:
-        on_tensor(name)
-        return read_solved(solved, name) if name in solved else slicer.apply(name, weights[stored[name]])
-
-    return stream_safetensors(path, header, read)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nirvana.checkpoint.config import both_spellings, own_head
-from nirvana.checkpoint.safetensors_stream import stream_safetensors
+from nirvana.checkpoint.safetensors_stream import Shards
 from nirvana.checkpoint.tokenizer import carry
 from nirvana.config_values import config_values
 from nirvana.errors import InputError
@@ -20,7 +20,6 @@ from nirvana.export.source import Format, Options, Source, check_space
 from nirvana.files import write_json
 from nirvana.plan import Plan
 from nirvana.slicing import kept_indices, pruned_slots
-from nirvana.weights import INDEX_NAME, WEIGHTS_NAME
 
 
 def _prepare(source: Source, options: Options) -> None:
@@ -38,17 +37,9 @@ def _write(source: Source, options: Options, directory: Path) -> Plan:
     config = {key: value for key, value in config_values(source.model).items() if key != "auto_map"}
     config |= both_spellings(source.dense.architecture, config) | own_head(source.dense)
     write_json(directory / "config.json", config)
-    padding = _Padding(source)
-    files: dict[str, list[str]] = {}
-    for name in filter(source.dense.is_parameter, sorted(dense)):
-        files.setdefault(dense.file_of[name].name, []).append(name)
-    for file_name, names in sorted(files.items()):
-        described = {name: (dense.dtype(name), dense.shape(name)) for name in names}
-        stream_safetensors(directory / file_name, described, padding)
-    if list(files) != [WEIGHTS_NAME]:  # a single shard of another name is found by its index only
-        weight_map = {name: file_name for file_name, names in files.items() for name in names}
-        total = sum(dense[name].nbytes for name in weight_map)
-        write_json(directory / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    names = filter(source.dense.is_parameter, sorted(dense))
+    described = {name: (dense.dtype(name), dense.shape(name)) for name in names}
+    Shards(directory, described, {name: dense.file_of[name].name for name in described}).complete(_Padding(source))
     carry(source.checkpoint, directory, source.tokenizer())
     return source.plan
 

@@ -17,10 +17,10 @@ from nirvana.checkpoint.digests import check_digests
 from nirvana.checkpoint.reading import settled_tokenizer
 from nirvana.checkpoint.recovered import RECOVERY_NAME
 from nirvana.checkpoint.tokenizer import read_tokenizer
+from nirvana.compensated_weights import compensated_parameters
 from nirvana.errors import InputError
 from nirvana.export.parity import Parity
 from nirvana.plan import PLAN_NAME, Plan
-from nirvana.solved import compensated_parameters
 from nirvana.walk import Stack
 from nirvana.weights import model_digest
 

@@ -1,23 +1,16 @@
-"""What compensation solves for, between the solver and the checkpoint: on disk, one file a layer.
+"""What a plan's compensation solves for, as the checkpoint stores it."""
 
-Solving runs through the model from its first layer to its last, a checkpoint is written in the order of its files.
-"""
-
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from nirvana.architectures.architecture import Architecture
 from nirvana.calibration import calibration_digest, read_ids
-from nirvana.checkpoint.safetensors_stream import stream_safetensors
 from nirvana.compensation import compensate
 from nirvana.errors import InputError
-from nirvana.files import scratch_directory
 from nirvana.plan import Plan
 from nirvana.projections import output_projections
 from nirvana.walk import Ids, Stack
@@ -73,45 +66,22 @@ def compensated_parameters(architecture: Architecture) -> frozenset[str]:
     return frozenset(each.name for layer in layers for each in layer) | {f"{architecture.norm_prefix}weight"}
 
 
-@contextmanager
-def solved_parameters(
-    fit: Fit | None, stack: Stack, plan: Plan, beside: Path, on_layer: Callable[[int], None]
-) -> Iterator[Mapping[str, Path]]:
-    """Yield the file of each parameter that was solved for, in the type of the model's own, until the context ends.
+def compensated_weights(
+    fit: Fit, stack: Stack, plan: Plan, on_layer: Callable[[int], None] = lambda layer: None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield each parameter that is solved for, in the type of the model's own, as soon as its layer is.
 
     Args:
-        fit: What to solve; None for nothing.
+        fit: What to solve.
         stack: The dense model.
         plan: Which units stay.
-        beside: The files lie in a temporary directory next to it.
         on_layer: Called after each layer, for progress.
 
     Raises:
         InputError: If activations are not finite, or the type of the model's weights cannot hold a solution.
     """
-    if fit is None:
-        yield {}
-        return
-    with scratch_directory(beside) as directory:
-        files: dict[str, Path] = {}
-        solved: dict[str, Tensor] = {}
-
-        def write(place: str) -> None:
-            path = directory / f"{place}.safetensors"
-            described = {name: (stack.weights.dtype(name), tuple(matrix.shape)) for name, matrix in solved.items()}
-            stream_safetensors(path, described, solved.__getitem__)
-            files.update(dict.fromkeys(solved, path))
-            solved.clear()
-
-        def write_layer(layer: int) -> None:
-            write(str(layer))
-            on_layer(layer)
-
-        for name, matrix in compensate(stack, plan.keep, fit.ids, fit.ridge, on_layer=write_layer):
-            solved[name] = _as_stored(name, matrix, stack.weights[name].dtype)
-        if solved:
-            write("behind_the_layers")
-        yield files
+    for name, matrix in compensate(stack, plan.keep, fit.ids, fit.ridge, on_layer=on_layer):
+        yield name, _as_stored(name, matrix, stack.weights[name].dtype)
 
 
 def _as_stored(name: str, matrix: Tensor, dtype: torch.dtype) -> Tensor:
@@ -122,9 +92,3 @@ def _as_stored(name: str, matrix: Tensor, dtype: torch.dtype) -> Tensor:
             "raise the ridge, or convert the model to bfloat16 first"
         )
     return stored
-
-
-def read_solved(files: Mapping[str, Path], name: str) -> Tensor:
-    """Return one of the parameters of `solved_parameters`."""
-    with safe_open(files[name], framework="pt") as file:
-        return file.get_tensor(name)
