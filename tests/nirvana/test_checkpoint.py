@@ -116,6 +116,19 @@ def test_import_nirvana_suffices_in_either_order(tmp_path):
         assert done.stdout.strip() == "nirvana.checkpoint.modeling_nirvana", done.stderr
 
 
+@pytest.mark.slow
+def test_registration_alone_is_not_enough(tmp_path):
+    """Decision 26: transformers does not look for the models of other packages; without the hook ours are unknown."""
+    make_checkpoint("llama", tmp_path)
+    unhooked = "import wrapt; wrapt.register_post_import_hook = lambda hook, name: None\n"
+    code = "import nirvana, transformers; transformers.AutoConfig.from_pretrained('pruned', trust_remote_code=False)"
+    known = "\nimport nirvana.checkpoint.modeling_nirvana as m; m.register('llama')\n" + code.partition("; ")[2]
+    for text, works in ((code, False), ("import nirvana, transformers" + known, True)):
+        done = subprocess.run([sys.executable, "-c", unhooked + text], cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode == 0) == works, done.stderr
+        assert works or "trust_remote_code" in done.stderr or "nirvana_llama" in done.stderr
+
+
 def test_import_nirvana_is_light():
     code = "import nirvana, sys; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
