@@ -21,7 +21,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
 
 from flows.early import fault_known_early, show_estimate
-from flows.leash import die_with_schedule
+from flows.kill_with_parent import die_with_schedule
 from flows.prefect_server import prefect_fault
 from flows.step import StepFailedError, bring_up_to_date
 from flows.summary import StepResult, print_summary

@@ -1,12 +1,18 @@
 """Whether Prefect can show a run, found in seconds. It shows steps, it does not need to be there for them."""
 
+import atexit
 import os
 import re
+import socket
 import sqlite3
 import ssl
-from contextlib import closing, suppress
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, closing, suppress
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
@@ -14,13 +20,19 @@ from urllib.request import Request, urlopen
 import flows.environment as environment  # before prefect, which reads it when imported
 
 # isort: split
-from prefect.settings import PREFECT_API_URL, get_current_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, get_current_settings, temporary_settings
 
-from flows.leash import TEMPORARY_SERVER_LOG, ServerDiedError, hold_temporary_server
+from flows.kill_with_parent import kill_with_parent
 from tasks.tracking.redaction import redact, redact_logs
 from tasks.tracking.sqlite_file import database_fault
 
 ANSWER_SECONDS = 10
+TEMPORARY_SERVER_LOG = Path(".cache/prefect_temporary_server.log")
+"""Relative to the checkout, where every flow works."""
+_HOST, _START_SECONDS = "127.0.0.1", 120
+_TEMPORARY = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+"""Only the services that a flow needs: without them Prefect schedules, cleans and serves pages too."""
+_settings = ExitStack()  # the temporary server's address holds as long as this process
 _TABLES = ("alembic_version", "flow_run", "task_run")
 _VARIABLES = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
 
@@ -103,21 +115,59 @@ def _silence(url: str) -> str | None:
 
 
 def _start() -> str | None:
-    """Start the temporary server that the flow will use; return what kept it from starting."""
-    from prefect.server.api.server import SubprocessASGIServer
+    """Start a temporary server, which this process then speaks to; return what kept it from starting.
 
-    hold_temporary_server()
-    try:
-        SubprocessASGIServer().start()
-    except ServerDiedError as error:
-        return (
-            f"Prefect's temporary server: expected it to start, it ended with {redact(str(error))} "
-            f"({TEMPORARY_SERVER_LOG} has more); free disk space, or move {_shown_home()} aside for the next run"
-        )
-    except Exception as error:  # no free port, no answer in time: whatever Prefect raises
-        cause = redact(" ".join(str(error).split())[:200])
-        return f"Prefect's temporary server: expected it to start, got {cause}; {TEMPORARY_SERVER_LOG} has more"
+    Prefect has one of its own, but stops it at a regular exit only, and starts it anew without end where its database
+    cannot be opened. This is the same program, in a process of ours.
+    """
+    with socket.socket() as probe:
+        probe.bind((_HOST, 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+    command += ["--host", _HOST, "--port", str(port), "--log-level", "error", "--lifespan", "on"]
+    settings = get_current_settings().to_environment_variables(exclude_unset=True)
+    log = TEMPORARY_SERVER_LOG
+    with ExitStack() as files:
+        said: Any = None
+        with suppress(OSError):  # a full disk: then it goes where ours does
+            TEMPORARY_SERVER_LOG.parent.mkdir(parents=True, exist_ok=True)
+            said = files.enter_context(TEMPORARY_SERVER_LOG.open("wb"))
+        process = subprocess.Popen(command, env=os.environ | _TEMPORARY | settings, stderr=said)
+    kill_with_parent(process.pid)
+    atexit.register(_stop, process)
+    url = f"http://{_HOST}:{port}/api"
+    deadline = time.monotonic() + _START_SECONDS
+    while _silence(url) is not None:
+        if process.poll() is not None:
+            cause = redact(_last_line(TEMPORARY_SERVER_LOG) or f"exit status {process.returncode}")
+            return (
+                f"Prefect's temporary server: expected it to start, it ended with {cause} ({log} has more); free disk "
+                f"space, or move {_shown_home()} aside for the next run"
+            )
+        if time.monotonic() > deadline:
+            return (
+                f"Prefect's temporary server: expected it to answer in {_START_SECONDS} s, it did not; {log} has more"
+            )
+        time.sleep(0.1)
+    # no address of a page: this server has none
+    _settings.enter_context(temporary_settings({PREFECT_API_URL: url, PREFECT_UI_URL: ""}))
     return None
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(5)
+
+
+def _last_line(log: Path) -> str:
+    with suppress(OSError):
+        lines = [line.strip(" \t│╭╰─╮╯") for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+        errors = [line for line in lines if re.match(r"^[\w.]+(Error|Exception|Warning)?: ", line)]
+        return ([line for line in errors if "Error" in line] or errors or [line for line in lines if line] or [""])[-1][
+            :200
+        ]
+    return ""
 
 
 def _shown_home() -> str:

@@ -18,7 +18,7 @@ import flows.environment as environment  # before prefect, which reads it when i
 # isort: split
 import typer
 
-from flows.leash import hold
+from flows.kill_with_parent import kill_with_parent
 from flows.prefect_server import database_problem
 from nirvana.errors import InputError
 from tasks.tracking.mlflow_store import store_fault, tracking_uri, without_credentials
@@ -91,7 +91,7 @@ def _server(name: str, arguments: list[str], port: int, health: str, variables: 
             stderr=subprocess.STDOUT,
             start_new_session=True,  # the servers have children of their own: stop the group
         )
-        hold(process.pid)
+        kill_with_parent(process.pid)
         try:
             _wait_until_ready(name, process, health)
             yield

@@ -1,5 +1,6 @@
 """Have DVC bring one step up to date, and tell what happened: it ran, it was up to date, or it failed."""
 
+import contextvars
 import logging
 import re
 import threading
@@ -168,7 +169,9 @@ def _cause(name: str, token: str | None, error: Exception) -> str:
 def _followed(name: str, token: str | None, logger: Logger) -> Iterator[None]:
     """Pass the step's log lines on to `logger` while the step runs."""
     done = threading.Event()
-    follower = threading.Thread(target=_follow, args=(name, token, logger, done), name=f"log of {name}", daemon=True)
+    run = contextvars.copy_context().run  # which server Prefect's logger speaks to is a setting of this context
+    arguments = (_follow, name, token, logger, done)
+    follower = threading.Thread(target=run, args=arguments, name=f"log of {name}", daemon=True)
     follower.start()
     try:
         yield

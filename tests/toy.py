@@ -24,7 +24,7 @@ _COPIED = (
     "flows/__init__.py",
     "flows/early.py",
     "flows/environment.py",
-    "flows/leash.py",
+    "flows/kill_with_parent.py",
     "flows/own_files.py",
     "flows/pipeline.py",
     "flows/prefect_server.py",

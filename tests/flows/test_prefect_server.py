@@ -14,7 +14,7 @@ import pytest
 from toy import command, environment, runs, set_param, toy_checkout
 
 from flows import prefect_server
-from flows.leash import _last_line
+from flows.prefect_server import _last_line
 
 SECRET = "s3cretWord"  # hidden wherever it is written
 

@@ -141,7 +141,7 @@ def test_a_stopped_run_goes_on(tmp_path, capsys):
 
 
 def test_a_process_that_goes_on_after_its_driver_is_named(tmp_path, monkeypatch):
-    """A driver without a leash: what it started stays, is named, and is ended."""
+    """A driver that nothing kills with its parent: what it started stays, is named, and is ended."""
     monkeypatch.setattr(kills, "_ALONE_SECONDS", 0.5)
     code = "import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
     command = [sys.executable, "-c", code + "print(flush=True)\ntime.sleep(60)"]
