@@ -123,9 +123,9 @@ def _check_that_it_fits(model: Path, sequences: int, length: int, device: "torch
     from nirvana.device import available_bytes
     from nirvana.errors import InputError
     from nirvana.estimate.memory import self_generation_bytes
-    from nirvana.estimate.steps import Sizes, Workload
+    from nirvana.estimate.steps import ModelSizes, Workload
 
-    sizes, work = Sizes.of(model), Workload(self_generated=sequences, compensation_length=length)
+    sizes, work = ModelSizes.of(model), Workload(self_generated=sequences, compensation_length=length)
     # on_cpu=False: mapped weights count too, for if they do not stay in memory, each token reads them from disk again
     needs = {device: self_generation_bytes(sizes, work, on_cpu=False)}
     if device.type != "cpu":

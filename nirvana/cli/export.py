@@ -79,7 +79,7 @@ def export(
 ) -> None:
     """Write a pruned checkpoint in a form that other tools load, verified before it appears.
 
-    A fresh load of the files must give the logits of the dense model with all condemned units zeroed, on real tokens
+    A fresh load of the files must give the logits of the dense model with all pruned units zeroed, on real tokens
     (in a compensated checkpoint, what was solved for is taken as it is); the largest difference is printed and kept in
     nirvana_export.json. Otherwise nothing is written.
     """

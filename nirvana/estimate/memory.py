@@ -6,7 +6,7 @@ are the kernel's to drop and do not count. Constants were measured, see docs/ben
 
 import math
 
-from nirvana.estimate.sizes import Sizes, Workload
+from nirvana.estimate.sizes import ModelSizes, Workload
 from nirvana.walk import FORWARD_TOKENS, SEQUENCES_AT_ONCE, Execution, Memory
 
 BASE_BYTES = 300_000_000
@@ -33,23 +33,23 @@ LOGIT_BLOCKS = 9
 """Of positions · vocabulary at once: logits and log-probabilities of both models, their products, gradients."""
 
 
-def _mapped(sizes: Sizes, on_cpu: bool) -> bool:
+def _mapped(sizes: ModelSizes, on_cpu: bool) -> bool:
     """Tell whether weights are used as they lie in the file's pages, by the walk and by transformers."""
     return sizes.stored_bytes == 4 and on_cpu
 
 
-def _weights_in_memory(sizes: Sizes, execution: Execution, on_cpu: bool) -> int:
+def _weights_in_memory(sizes: ModelSizes, execution: Execution, on_cpu: bool) -> int:
     if _mapped(sizes, on_cpu):
         return 0
     return 4 * (sizes.block_weights if execution == "resident" else 2 * sizes.largest_layer)
 
 
-def _saved(sizes: Sizes) -> int:
+def _saved(sizes: ModelSizes) -> int:
     """Return what autograd keeps of a token in a layer: measured."""
     return 4 * (11 * sizes.hidden + 4 * sizes.neurons)
 
 
-def saliency_bytes(sizes: Sizes, work: Workload, execution: Execution, memory: Memory, on_cpu: bool = True) -> int:
+def saliency_bytes(sizes: ModelSizes, work: Workload, execution: Execution, memory: Memory, on_cpu: bool = True) -> int:
     """Return the peak of one candidate's backward walk in one process."""
     tokens, at_once = work.sequences * work.sequence_length, work.microbatch * work.sequence_length
     states = 4 * sizes.hidden * sizes.streams * tokens
@@ -62,7 +62,7 @@ def saliency_bytes(sizes: Sizes, work: Workload, execution: Execution, memory: M
     return BASE_BYTES + ARENA_BYTES + _weights_in_memory(sizes, execution, on_cpu) + kept + graph + gradients + fused
 
 
-def fisher_bytes(sizes: Sizes, work: Workload, execution: Execution, on_cpu: bool = True) -> int:
+def fisher_bytes(sizes: ModelSizes, work: Workload, execution: Execution, on_cpu: bool = True) -> int:
     """Return the peak of one candidate's mask Fisher in one process: no gradient of a weight is ever there."""
     tokens, at_once = work.sequences * work.sequence_length, work.microbatch * work.sequence_length
     # what enters each layer, what leaves the last one, and the gradient of each draw
@@ -73,7 +73,7 @@ def fisher_bytes(sizes: Sizes, work: Workload, execution: Execution, on_cpu: boo
     return BASE_BYTES + ARENA_BYTES + _weights_in_memory(sizes, execution, on_cpu) + kept + graph
 
 
-def divergence_bytes(sizes: Sizes, work: Workload, execution: Execution, on_cpu: bool = True) -> int:
+def divergence_bytes(sizes: ModelSizes, work: Workload, execution: Execution, on_cpu: bool = True) -> int:
     """Return the peak of scoring one plan in one process."""
     tokens = work.heldout_sequences * work.heldout_length
     at_once = min(tokens, max(FORWARD_TOKENS, work.heldout_length))
@@ -86,7 +86,7 @@ def divergence_bytes(sizes: Sizes, work: Workload, execution: Execution, on_cpu:
     return fixed + _weights_in_memory(sizes, execution, on_cpu) + states + passing + sliced
 
 
-def self_generation_bytes(sizes: Sizes, work: Workload, on_cpu: bool = True) -> int:
+def self_generation_bytes(sizes: ModelSizes, work: Workload, on_cpu: bool = True) -> int:
     """Return the peak of the dense model writing text: the whole model, keys and values, logits of one step."""
     rows = min(work.self_generated, SEQUENCES_AT_ONCE)
     weights = 0 if _mapped(sizes, on_cpu) else 4 * sizes.weights
@@ -95,26 +95,26 @@ def self_generation_bytes(sizes: Sizes, work: Workload, on_cpu: bool = True) -> 
     return BASE_BYTES + SCORING_ARENA_BYTES + weights + cache + logits
 
 
-def fitted_sequences(sizes: Sizes, work: Workload) -> int:
+def fitted_sequences(sizes: ModelSizes, work: Workload) -> int:
     """Return how many sequences compensation is fitted on, those of the model's own included."""
     return work.compensation_sequences + (work.self_generated if sizes.streams == 1 else 0)
 
 
-def compensation_bytes(sizes: Sizes, work: Workload, execution: Execution, on_cpu: bool = True) -> int:
+def compensation_bytes(sizes: ModelSizes, work: Workload, execution: Execution, on_cpu: bool = True) -> int:
     """Return the peak of solving for the output projections in one process, in a layer that keeps all its units."""
     tokens = fitted_sequences(sizes, work) * work.compensation_length
     at_once = min(tokens, max(FORWARD_TOKENS, work.compensation_length))
     # both streams before and behind the layer, what either projection writes, what is lacking, the target; what enters
-    states = 4 * ((4 + 4 * sizes.streams) * sizes.hidden + sizes.written_from) * tokens
+    states = 4 * ((4 + 4 * sizes.streams) * sizes.hidden + sizes.projection_columns) * tokens
     passing = 4 * (6 * sizes.hidden + 4 * sizes.neurons) * at_once
-    columns = sizes.written_from
+    columns = sizes.projection_columns
     solving = 8 * (2 * columns**2 + 3 * columns * sizes.hidden)  # float64: the Gram matrix and its factors; both sides
     sliced = int(4 * sizes.largest_layer * (1 - work.pruning_ratio))
     fixed = BASE_BYTES + SCORING_ARENA_BYTES + _weights_in_memory(sizes, execution, on_cpu)
     return fixed + states + max(passing, solving) + sliced
 
 
-def recovery_bytes(sizes: Sizes, work: Workload, on_cpu: bool = True) -> int:
+def recovery_bytes(sizes: ModelSizes, work: Workload, on_cpu: bool = True) -> int:
     """Return the peak of training adapters; both models are in memory as a whole, the dense one only if it teaches."""
     pruned = sizes.weights - work.pruning_ratio * sizes.block_weights
     # the dense model alone is measured before the pruned one is there
@@ -123,13 +123,13 @@ def recovery_bytes(sizes: Sizes, work: Workload, on_cpu: bool = True) -> int:
         if _mapped(sizes, on_cpu)
         else 4 * max(sizes.weights, pruned + (sizes.weights if work.distillation > 0 else 0))
     )
-    adapters = 4 * ADAPTER_COPIES * work.recovery_rank * sizes.adapter_rows
+    adapters = 4 * ADAPTER_COPIES * work.recovery_rank * sizes.adapter_dimensions
     graph = MICROBATCH_TOKENS * sizes.layers * _saved(sizes)
     logits = 4 * LOGIT_BLOCKS * MICROBATCH_TOKENS * sizes.vocabulary
     return int(BASE_BYTES + ADAPTER_LIBRARY_BYTES + ARENA_BYTES + models + adapters + graph + logits)
 
 
-def perplexity_bytes(sizes: Sizes, work: Workload, execution: Execution, on_cpu: bool = True) -> int:
+def perplexity_bytes(sizes: ModelSizes, work: Workload, execution: Execution, on_cpu: bool = True) -> int:
     """Return the peak of token perplexity by a walk."""
     tokens = math.ceil(work.perplexity_tokens / work.window) * work.window
     at_once = min(tokens, max(FORWARD_TOKENS, work.window))
@@ -139,13 +139,13 @@ def perplexity_bytes(sizes: Sizes, work: Workload, execution: Execution, on_cpu:
     return fixed + _weights_in_memory(sizes, execution, on_cpu) + states + passing
 
 
-def evaluation_bytes(sizes: Sizes, work: Workload, on_cpu: bool = True) -> int:
+def evaluation_bytes(sizes: ModelSizes, work: Workload, on_cpu: bool = True) -> int:
     """Return what lm-eval's tasks take beside the walk of token perplexity: the whole model, logits of a batch."""
     logits = 4 * work.batch_size * HARNESS_TOKENS * sizes.vocabulary
     return HARNESS_BYTES + (0 if _mapped(sizes, on_cpu) else 4 * sizes.weights) + logits
 
 
-def generation_bytes(sizes: Sizes, work: Workload, on_cpu: bool = True) -> int:
+def generation_bytes(sizes: ModelSizes, work: Workload, on_cpu: bool = True) -> int:
     """Return the peak of the benchmark, which has both models in memory."""
     pruned = sizes.weights - work.pruning_ratio * sizes.block_weights
     both = 0 if _mapped(sizes, on_cpu) else 4 * (sizes.weights + pruned)

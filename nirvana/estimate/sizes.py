@@ -47,7 +47,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ModelSizes:
     """What memory and time follow from, in elements."""
 
     layers: int
@@ -66,18 +66,18 @@ class Sizes:
     """Of one layer's experts, which the walk copies into one tensor."""
     neurons: int
     """Widest feed-forward activation of a token."""
-    written_from: int
+    projection_columns: int
     """Columns of the widest matrix that writes to the residual stream: of one expert's, where there are any."""
     kv_width: int
     """Keys and values of a token, of all layers together."""
-    adapter_rows: int
+    adapter_dimensions: int
     """Rows and columns together of all matrices that units own: an adapter has so many weights a rank."""
     streams: int
     stored_bytes: int
     """Bytes an element in the file."""
 
     @classmethod
-    def of(cls, model_directory: Path | str) -> "Sizes":
+    def of(cls, model_directory: Path | str) -> "ModelSizes":
         """Read a model's sizes; weights need not be there.
 
         Raises:
@@ -110,9 +110,9 @@ class Sizes:
             weights=sum(counts.values()),
             active_weights=sum(by_layer) - sum(fused) * (experts - met) // experts,
             neurons=neurons * met // experts,
-            written_from=max(shape[1] for shape in _owned(architecture, 1).values()),
+            projection_columns=max(shape[1] for shape in _owned(architecture, 1).values()),
             kv_width=_kv_width(architecture),
-            adapter_rows=sum(
+            adapter_dimensions=sum(
                 shape[0] + shape[1] for shape in {**_owned(architecture, 0), **_owned(architecture, 1)}.values()
             ),
             largest_fused=max(fused),

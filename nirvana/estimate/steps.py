@@ -27,12 +27,12 @@ from nirvana.estimate.memory import (
     saliency_bytes,
     self_generation_bytes,
 )
-from nirvana.estimate.sizes import Sizes, Workload
+from nirvana.estimate.sizes import ModelSizes, Workload
 from nirvana.walk import SEQUENCES_AT_ONCE, Execution, Memory
 
 __all__ = [
     "FITS",
-    "Sizes",
+    "ModelSizes",
     "StepEstimate",
     "Workload",
     "choose",
@@ -98,7 +98,7 @@ def estimate(
         InputError: If there is no configuration of a supported family.
     """
     work = work or Workload()
-    sizes, on_cpu = Sizes.of(model_directory), torch.device(device).type == "cpu"
+    sizes, on_cpu = ModelSizes.of(model_directory), torch.device(device).type == "cpu"
     steps = _Steps(sizes, work, on_cpu, operations_per_second or matmul_rate(torch.device(device)))
     result = [steps.self_generation()] if work.self_generated and sizes.streams == 1 else []
     result += [*steps.saliency(), *steps.divergence()]
@@ -113,7 +113,7 @@ def estimate(
 class _Steps:
     """Every step's estimates; operations are those of matrix products, two a multiply-add."""
 
-    def __init__(self, sizes: Sizes, work: Workload, on_cpu: bool, rate: float):
+    def __init__(self, sizes: ModelSizes, work: Workload, on_cpu: bool, rate: float):
         self.sizes, self.work, self.on_cpu, self.rate = sizes, work, on_cpu, rate
         self.kept = 1 - work.pruning_ratio
         self.workers = min(work.workers, work.pool_size)
@@ -163,7 +163,7 @@ class _Steps:
         tokens = fitted_sequences(sizes, self.work) * self.work.compensation_length
         # the dense layer; the pruned one up to either projection, then what they write
         walked = tokens * self.body * (1 + 7 / 3 * self.kept)
-        hidden, columns = sizes.hidden, self.kept * sizes.written_from
+        hidden, columns = sizes.hidden, self.kept * sizes.projection_columns
         gathered = sum(2 * tokens * (width**2 + 3 * width * hidden) for width in (hidden, columns))
         solved = 2 * (2 / 3 * columns**3 + 2 * columns**2 * hidden)  # float64 takes twice as long
         operations = walked + sizes.layers * (gathered + solved)
@@ -243,7 +243,7 @@ def choose(
         execution: As in params.yaml, `runtime.execution`.
         memory: As in params.yaml, `runtime.memory`.
     """
-    sizes, on_cpu = Sizes.of(model_directory), device.type == "cpu"
+    sizes, on_cpu = ModelSizes.of(model_directory), device.type == "cpu"
     free, side_by_side = FITS * available_bytes(device), math.ceil(work.workers / devices(device))
     allowed = [way for way in _WAYS if execution in ("auto", way[0]) and memory in ("auto", way[1])]
     return next((way for way in allowed if side_by_side * _peak(sizes, work, way, on_cpu) <= free), allowed[-1])
@@ -265,14 +265,14 @@ def choose_workers(
         work: How much is asked for; its `workers` do not count. Too little is for one.
         most: No more than these, even where more would fit; at least 1.
     """
-    sizes, alone = Sizes.of(model_directory), replace(work, workers=1)
+    sizes, alone = ModelSizes.of(model_directory), replace(work, workers=1)
     if 2 * sizes.weights * work.pool_size * work.sequences * work.sequence_length < WORTH_A_WORKER:
         return 1
     peak = _peak(sizes, alone, choose(model_directory, alone, device, execution, memory), device.type == "cpu")
     return max(1, min(most, devices(device) * int(FITS * available_bytes(device) / peak)))
 
 
-def _peak(sizes: Sizes, work: Workload, way: tuple[Execution, Memory], on_cpu: bool) -> int:
+def _peak(sizes: ModelSizes, work: Workload, way: tuple[Execution, Memory], on_cpu: bool) -> int:
     """Return what one process takes at most, of the steps whose way is chosen."""
     if work.saliency == "fisher":  # it has one way of memory
         peak = fisher_bytes(sizes, work, way[0], on_cpu)

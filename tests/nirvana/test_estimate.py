@@ -22,7 +22,7 @@ from nirvana.estimate.memory import (
     saliency_bytes,
     self_generation_bytes,
 )
-from nirvana.estimate.steps import Sizes, Workload, choose
+from nirvana.estimate.steps import ModelSizes, Workload, choose
 from nirvana.loading import load_model
 from nirvana.walk import SEQUENCES_AT_ONCE
 
@@ -44,21 +44,21 @@ def eight_billion(tmp_path):
 
 
 def test_sizes_by_hand(eight_billion):
-    sizes = Sizes.of(eight_billion)
+    sizes = ModelSizes.of(eight_billion)
     layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096
     assert sizes.largest_layer == layer
     assert sizes.block_weights == sizes.active_weights == 32 * layer
     assert sizes.weights == 32 * layer + 2 * 4096 * 128256 + 4096
     assert (sizes.largest_layer_tensor, sizes.largest_tensor) == (4096 * 14336, 4096 * 128256)
-    assert (sizes.stored_bytes, sizes.streams, sizes.neurons, sizes.written_from) == (2, 1, 14336, 14336)
+    assert (sizes.stored_bytes, sizes.streams, sizes.neurons, sizes.projection_columns) == (2, 1, 14336, 14336)
     # q, k, v, o; gate, up, down
-    assert sizes.adapter_rows == 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    assert sizes.adapter_dimensions == 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
     assert sizes.kv_width == 32 * 2 * 8 * 128  # layers, keys and values, KV heads, head dimension
 
 
 def test_only_the_experts_that_a_token_meets_cost_time(tmp_path):
     save_family("qwen3_moe", tmp_path)
-    sizes = Sizes.of(tmp_path)
+    sizes = ModelSizes.of(tmp_path)
     # two of three layers have 4 experts of 3 x 24 x 32 weights, of which a token meets 2
     assert sizes.block_weights - sizes.active_weights == 2 * 2 * 3 * 24 * 32
 
@@ -99,19 +99,21 @@ def test_every_family_has_the_rows_that_can_be_asked_for(name, tmp_path):
     found = by_step(tmp_path, saliency="fisher", compensation_sequences=4, self_generated=2, recovery_tokens=64)
     assert all(each.peak_bytes > 0 for step in found.values() for each in step)
     assert ("generate_text" in found) == (model_type_of(name) != "t5")  # which writes none
-    sizes = Sizes.of(tmp_path)
-    assert sizes.adapter_rows > 0 < sizes.written_from
+    sizes = ModelSizes.of(tmp_path)
+    assert sizes.adapter_dimensions > 0 < sizes.projection_columns
 
 
 def test_an_adapter_has_so_many_weights_a_rank(tmp_path):
     """Against peft's own adapters."""
     save_family("llama", tmp_path)
     model = attach(load_model(tmp_path), describe(tmp_path), rank=3, alpha=6, seed=0)
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 3 * Sizes.of(tmp_path).adapter_rows
+    assert (
+        sum(p.numel() for p in model.parameters() if p.requires_grad) == 3 * ModelSizes.of(tmp_path).adapter_dimensions
+    )
 
 
 def test_fisher_keeps_what_enters_each_layer_and_no_gradient_of_a_weight(eight_billion):
-    sizes, state = Sizes.of(eight_billion), 4 * 4096 * 128
+    sizes, state = ModelSizes.of(eight_billion), 4 * 4096 * 128
     few, many = Workload(sequences=2), Workload(sequences=10)
     ways = [fisher_bytes(sizes, many, way) - fisher_bytes(sizes, few, way) for way in ("resident", "streamed")]
     assert ways == 2 * [(32 + 1 + 2) * 8 * state]  # layers, the output, two draws; 8 more sequences
@@ -121,18 +123,22 @@ def test_fisher_keeps_what_enters_each_layer_and_no_gradient_of_a_weight(eight_b
 
 
 def test_compensation_holds_states_of_all_tokens_and_a_gram_matrix(eight_billion):
-    sizes, few, many = Sizes.of(eight_billion), Workload(compensation_sequences=16), Workload(compensation_sequences=24)
+    sizes, few, many = (
+        ModelSizes.of(eight_billion),
+        Workload(compensation_sequences=16),
+        Workload(compensation_sequences=24),
+    )
     grown = compensation_bytes(sizes, many, "streamed") - compensation_bytes(sizes, few, "streamed")
     assert grown == 4 * (8 * 4096 + 14336) * 8 * 128
     # a wider MLP makes the Gram matrix the largest part: 8 bytes, the matrix and its factors
-    wide = replace(sizes, written_from=10 * 14336)
+    wide = replace(sizes, projection_columns=10 * 14336)
     one = Workload(compensation_sequences=1)
     gram = 16 * ((10 * 14336) ** 2 - 14336**2)
     assert compensation_bytes(wide, one, "streamed") - compensation_bytes(sizes, one, "streamed") > gram
 
 
 def test_compensation_counts_the_text_that_the_model_writes(eight_billion):
-    sizes = Sizes.of(eight_billion)
+    sizes = ModelSizes.of(eight_billion)
     both, as_many = Workload(compensation_sequences=16, self_generated=8), Workload(compensation_sequences=24)
     assert compensation_bytes(sizes, both, "streamed") == compensation_bytes(sizes, as_many, "streamed")
     written, given = ({"compensation_sequences": 16, "self_generated": 8}, {"compensation_sequences": 24})
@@ -143,7 +149,7 @@ def test_compensation_counts_the_text_that_the_model_writes(eight_billion):
 
 
 def test_writing_holds_the_whole_model_keys_and_values_and_logits(eight_billion):
-    sizes, work = Sizes.of(eight_billion), Workload(self_generated=120, compensation_length=64)
+    sizes, work = ModelSizes.of(eight_billion), Workload(self_generated=120, compensation_length=64)
     cache, logits = 4 * 65536 * 120 * 64, 4 * 4 * 120 * 128256
     held = BASE_BYTES + SCORING_ARENA_BYTES + cache + logits
     assert self_generation_bytes(sizes, work) == held + 4 * sizes.weights
@@ -157,7 +163,7 @@ def test_writing_holds_the_whole_model_keys_and_values_and_logits(eight_billion)
 
 
 def test_writing_reads_all_weights_for_every_token_of_a_batch(eight_billion):
-    sizes = Sizes.of(eight_billion)
+    sizes = ModelSizes.of(eight_billion)
     for count, batches in ((120, 1), (300, 3)):
         (found,) = by_step(eight_billion, self_generated=count, compensation_length=64)["generate_text"]
         operations = count * 64 * 2 * (sizes.block_weights + 4096 * 128256)
@@ -170,17 +176,21 @@ def test_keys_and_values_are_as_wide_as_the_cache(name, tmp_path):
     """Against transformers' own cache."""
     save_family(name, tmp_path)
     layers = load_model(tmp_path)(random_ids(2, 3), use_cache=True).past_key_values.layers
-    assert sum(layer.keys.numel() + layer.values.numel() for layer in layers) == 2 * 3 * Sizes.of(tmp_path).kv_width
+    assert (
+        sum(layer.keys.numel() + layer.values.numel() for layer in layers) == 2 * 3 * ModelSizes.of(tmp_path).kv_width
+    )
 
 
 def test_recovery_has_both_models_in_memory_only_where_one_teaches(eight_billion):
-    sizes = Sizes.of(eight_billion)
+    sizes = ModelSizes.of(eight_billion)
     teaching = Workload(recovery_tokens=1024, pruning_ratio=0.5)
     alone = replace(teaching, distillation=0.0)
     pruned = sizes.weights - sizes.block_weights // 2
     assert recovery_bytes(sizes, teaching) - recovery_bytes(sizes, alone) == 4 * pruned  # dense alone, first
     rank = replace(teaching, recovery_rank=17)
-    assert recovery_bytes(sizes, rank) - recovery_bytes(sizes, teaching) == 4 * ADAPTER_COPIES * sizes.adapter_rows
+    assert (
+        recovery_bytes(sizes, rank) - recovery_bytes(sizes, teaching) == 4 * ADAPTER_COPIES * sizes.adapter_dimensions
+    )
     # float32 files are used as they lie on disk
     mapped = replace(sizes, stored_bytes=4)
     assert recovery_bytes(mapped, teaching) == recovery_bytes(mapped, alone)
@@ -206,7 +216,7 @@ def test_more_of_it_takes_longer(step, more, eight_billion):
 
 
 def test_streamed_holds_two_layers_where_resident_holds_all(eight_billion):
-    sizes, work = Sizes.of(eight_billion), Workload(sequences=2)
+    sizes, work = ModelSizes.of(eight_billion), Workload(sequences=2)
     resident, streamed = (saliency_bytes(sizes, work, way, "lean") for way in ("resident", "streamed"))
     assert resident - streamed == 4 * 30 * sizes.largest_layer
     # beside its dense layer the resident walk holds the sliced one, the streamed walk one tensor of it
@@ -219,7 +229,7 @@ def test_streamed_holds_two_layers_where_resident_holds_all(eight_billion):
 
 
 def test_more_tokens_take_more_and_fast_takes_more_than_lean(eight_billion):
-    sizes = Sizes.of(eight_billion)
+    sizes = ModelSizes.of(eight_billion)
     few, many = Workload(sequences=2), Workload(sequences=32)
     assert saliency_bytes(sizes, few, "streamed", "lean") < saliency_bytes(sizes, many, "streamed", "lean")
     assert saliency_bytes(sizes, many, "resident", "lean") < saliency_bytes(sizes, many, "resident", "fast")
@@ -235,7 +245,7 @@ def test_auto_takes_the_fastest_way_that_fits(free_gb, expected, eight_billion, 
 
 
 def test_auto_streams_fisher_where_its_own_peak_does_not_fit(eight_billion, monkeypatch):
-    fisher, sizes = Workload(saliency="fisher", sequences=2), Sizes.of(eight_billion)
+    fisher, sizes = Workload(saliency="fisher", sequences=2), ModelSizes.of(eight_billion)
     for share, expected in ((0.99, "streamed"), (1.01, "resident")):
         free = int(share * fisher_bytes(sizes, fisher, "resident") / estimate.FITS)
         monkeypatch.setattr(estimate, "available_bytes", lambda device, free=free: free)

@@ -81,7 +81,7 @@ def test_the_reference_is_the_masked_dense_model(name, tmp_path):
     torch.testing.assert_close(found, expected[0, positions], atol=1e-4, rtol=0)
 
 
-def test_masking_zeroes_exactly_the_condemned(tmp_path):
+def test_masking_zeroes_exactly_the_pruned_units(tmp_path):
     model = save_family("llama", tmp_path)
     keep = {site.name: np.arange(site.units) for site in Stack.open(model).architecture.sites()}
     keep["layers.0.kv_group"] = np.array([1])

@@ -18,7 +18,7 @@ from tokenizers import AddedToken
 from nirvana import device as machine
 from nirvana.errors import InputError
 from nirvana.estimate.memory import self_generation_bytes
-from nirvana.estimate.steps import Sizes, Workload
+from nirvana.estimate.steps import ModelSizes, Workload
 from nirvana.generation import generate
 from nirvana.loading import load_model
 from tasks.generate_text import interleaved, run, writable_tokens, written_by
@@ -150,9 +150,11 @@ def test_tokens_that_the_model_does_not_know_are_not_written(tmp_path):
 
 
 def test_a_model_that_does_not_fit_is_one_clear_line(model, monkeypatch):
-    needed = self_generation_bytes(Sizes.of(model), Workload(self_generated=3, compensation_length=9), on_cpu=False)
+    needed = self_generation_bytes(
+        ModelSizes.of(model), Workload(self_generated=3, compensation_length=9), on_cpu=False
+    )
     # float32 files are mapped, but have to stay in memory
-    assert Sizes.of(model).stored_bytes == 4
+    assert ModelSizes.of(model).stored_bytes == 4
     monkeypatch.setattr(machine, "available_bytes", lambda device: needed - 1)
     expected = r"compensation.self_generated: expected fewer sequences, or 0, .* need 0.5 GB, .* free on cpu; ask for"
     with pytest.raises(InputError, match=expected):
@@ -162,7 +164,7 @@ def test_a_model_that_does_not_fit_is_one_clear_line(model, monkeypatch):
 
 
 def test_what_goes_to_a_gpu_has_to_fit_into_this_machine_first(model, monkeypatch):
-    free = {"cuda": 10**12, "cpu": 4 * Sizes.of(model).weights - 1}
+    free = {"cuda": 10**12, "cpu": 4 * ModelSizes.of(model).weights - 1}
     monkeypatch.setattr(machine, "available_bytes", lambda device: free[device.type])
     with pytest.raises(InputError, match="free on cpu; ask for fewer"):
         written_by(model, 3, 9, 0, False, torch.device("cuda"))

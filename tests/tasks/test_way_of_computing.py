@@ -9,7 +9,7 @@ from tiny import tiny_llama
 
 from nirvana.estimate import steps as estimate
 from nirvana.estimate.memory import fisher_bytes
-from nirvana.estimate.steps import Sizes, Workload, choose
+from nirvana.estimate.steps import ModelSizes, Workload, choose
 from tasks.estimates.way_of_computing import workers_of
 from tasks.params import Runtime
 
@@ -41,7 +41,7 @@ def test_cores_and_candidates_bound_them(model, monkeypatch):
 
 
 def test_memory_bounds_them(model, monkeypatch):
-    peak = fisher_bytes(Sizes.of(model), WORK, "resident", True)
+    peak = fisher_bytes(ModelSizes.of(model), WORK, "resident", True)
     has_memory(monkeypatch, 2.5 * peak / estimate.FITS)
     assert workers_of(AUTO, model, WORK, CPU) == 2
     # nobody computes in a slower way for the sake of company
@@ -72,7 +72,7 @@ def test_one_a_gpu(model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert workers_of(AUTO, model, WORK, GPU) == 4
     # each has a GPU's memory to itself
-    peak = fisher_bytes(Sizes.of(model), WORK, "resident", False)
+    peak = fisher_bytes(ModelSizes.of(model), WORK, "resident", False)
     has_memory(monkeypatch, 1.5 * peak / estimate.FITS)
     assert workers_of(AUTO, model, WORK, GPU) == 4
     four = replace(WORK, workers=4)
