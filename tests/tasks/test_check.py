@@ -261,9 +261,9 @@ def test_an_unknown_task_suggests_the_nearest() -> None:
 
 def test_a_machine_that_is_too_small_is_a_warning(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(shortages(params(), home / "llama")) == []
-    import psutil
+    from nirvana import device
 
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=10**6))
+    monkeypatch.setattr(device, "total_bytes", lambda place: 10**6)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
     said = list(shortages(params(), home / "llama"))
     assert any(line.startswith("collect_gradients will need") for line in said)
