@@ -33,6 +33,7 @@ def measure(model: Path, ids: Path, limits: dict[float, float] | None = None) ->
 
     from studies.comparison import Comparison
     from studies.texts import texts_of_ids, with_generated
+    from studies.variants import Variant
     from tasks.params import PRESETS
 
     texts = with_generated(texts_of_ids(ids), model, PRESETS["best"]["compensation.self_generated"])
@@ -43,8 +44,8 @@ def measure(model: Path, ids: Path, limits: dict[float, float] | None = None) ->
 
     found = [Measurement("perplexity, dense", perplexity(comparison.dense()), "")]
     for ratio, limit in (LIMITS if limits is None else limits).items():
-        published = comparison.row("nirvana", ratio, rule="published")
-        ours = comparison.row("fisher", ratio, "least_squares")
+        published = comparison.row(Variant("nirvana", ratio, rule="published"))
+        ours = comparison.row(Variant("fisher", ratio, "least_squares"))
         values = [perplexity(row) for row in (published, ours)]
         found += [
             Measurement(f"ratio {ratio:g}: achieved by the published rule", published["achieved_ratio"], ""),

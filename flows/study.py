@@ -1,45 +1,39 @@
-"""What every study's flow shares, so that `flows/<study>.py` holds its own steps and options only.
+"""`python -m flows.study NAME`: a study, from its spec (`studies/specs/NAME.yaml`) to a picture, CSV files and MLflow.
 
-@study
-def gamma_sweep(asked: Asked, settings: Any) -> Outcome: ...   # a Prefect flow; errors of the input end it
-
-def main(ids: IdsOption = None, ...) -> None:
-    with one_line_errors():
-        asked = Asked.of(ids, model, tokens, threads)
-    run(gamma_sweep, asked, settings)
+Every setting of a study is an option (`--ratios 0.2,0.4`, or `-S ratios=0.2,0.4`); `python -m flows.study NAME --help`
+lists them. `python -m flows.NAME` is another name of the same. A run that was stopped goes on where it was.
 """
 
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
+
+import click
 
 import flows.environment as environment  # before prefect, which reads it when imported
 
 # isort: split
-from prefect import Flow, State, flow, get_run_logger
+from prefect import State, flow, get_run_logger
 from prefect import task as prefect_task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
 from rich.console import Console
 
-from flows.options import QUICK_COMPENSATION_SEQUENCES, QUICK_SELF_GENERATED, QUICK_TOKENS, TOKENS
-from flows.outcome import Outcome, show
+from flows.outcome import show
 from flows.prefect_server import prefect_fault
 from flows.step import StepFailedError, bring_up_to_date
 from nirvana.errors import InputError
+from studies.spec import Spec, load_spec, study_names
+from studies.subject import COMPENSATION_SEQUENCES, SELF_GENERATED, TOKENS, Asked
 from tasks.params import load_params
 from tasks.registry import paths
 from tasks.workers.process import ERROR_PREFIX, prepare_environment
 
-PICTURES = Path("reports/studies")
-_FEWEST = 2
-"""Evaluation tokens that are read and not used."""
 _WAIT_SECONDS = 3600
 REFUSED = "Refused"
 """State of a step whose input cannot be; any other error is ours, and shows where it comes from."""
@@ -49,45 +43,37 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What the command line says of a study that prunes the model of params.yaml, or another."""
-
-    ids: Path | None = None
-    model: Path | None = None
-    tokens: int = TOKENS
-    compensation_sequences: int = QUICK_COMPENSATION_SEQUENCES  # of a study that fits nothing on them
-    self_generated: int = 0
-    threads: int | None = None
-    judge: Path | None = None
-
-    @classmethod
-    def of(
-        cls,
-        ids: Path | None,
-        model: Path | None,
-        tokens: int,
-        threads: int | None,
-        quick: bool = False,
-        judge: Path | None = None,
-        *,
-        compensation_sequences: int = QUICK_COMPENSATION_SEQUENCES,
-        self_generated: int = 0,
-    ) -> "Asked":
-        """Resolve the paths against where the user stands; `quick` limits tokens and sequences."""
-        if quick:
-            tokens = min(tokens, QUICK_TOKENS)
-            compensation_sequences = min(compensation_sequences, QUICK_COMPENSATION_SEQUENCES)
-            self_generated = min(self_generated, QUICK_SELF_GENERATED)
-        ids, model, judge = (each.resolve() if each else None for each in (ids, model, judge))
-        return cls(ids, model, tokens, compensation_sequences, self_generated, threads, judge)
+def _option(name: str, help_: str, **more: Any) -> click.Option:
+    return click.Option([f"--{name.replace('_', '-')}"], help=help_, show_default="default" in more, **more)
 
 
-class Subject(NamedTuple):
-    """What is pruned, and `studies.comparison.Texts` to prune and judge it by."""
+def _path(name: str, help_: str) -> click.Option:
+    return _option(name, help_, type=click.Path(path_type=Path))
 
-    model: Path
-    texts: Any
+
+def _count(name: str, help_: str, least: int = 1, default: int | None = None) -> click.Option:
+    return _option(name, help_, type=click.IntRange(least), **({} if default is None else {"default": default}))
+
+
+OPTIONS: dict[str, Callable[[], click.Option]] = {
+    "ids": lambda: _path("ids", "Directory of JSON files of token ids, in place of the pipeline's text."),
+    "judge": lambda: _path("judge", "Token ids (.json) or text to judge on, in place of the evaluation split."),
+    "model": lambda: _path("model", "Model directory, in place of the pipeline's."),
+    "corpus": lambda: _path("corpus", "Directory with documents.jsonl, in place of the pipeline's corpus."),
+    "text": lambda: _path("text", "Other text to ask about as well: .txt, .jsonl with a column text, or a directory."),
+    "tokens": lambda: _count("tokens", "Evaluation tokens.", 2, TOKENS),
+    "compensation_sequences": lambda: _count(
+        "compensation_sequences", "Sequences that compensation is fitted on.", 1, COMPENSATION_SEQUENCES
+    ),
+    "self_generated": lambda: _count(
+        "self_generated", "More of them, which the dense model writes itself.", 0, SELF_GENERATED
+    ),
+    "threads": lambda: _count("threads", "Intra-op threads; params.yaml's by default."),
+    "processes": lambda: _count("processes", "Models worked on at a time.", 1, 2),
+}
+
+
+# --- the flow -------------------------------------------------------------------------------------------------
 
 
 def task(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -114,33 +100,123 @@ def task(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     return step
 
 
-def study(function: Callable[..., Outcome]) -> Flow[..., Any]:
-    """Make a function a Prefect flow of its name: in the checkout, timed, its outcome printed, errors one line."""
-
-    @wraps(function)
-    def run_it(*arguments: Any, **named: Any) -> State:
-        os.chdir(environment.ROOT)
-        start = time.monotonic()
-        try:
-            outcome = function(*arguments, **named)
-        except InputError as error:
-            return Failed(message=str(error))
-        show(outcome)
-        Console().print(f"main job: {time.monotonic() - start:.0f} s", highlight=False)
-        return Completed(message=outcome.conclusion[0])
-
-    name = function.__name__.replace("_", "-")
-    return flow(name=name, persist_result=False, validate_parameters=False)(run_it)
+def bring(steps: Iterable[str]) -> None:
+    """Have DVC bring steps up to date; inside a task or a flow."""
+    for step in steps:
+        bring_up_to_date(step, get_run_logger(), _WAIT_SECONDS)
 
 
-def run(study_flow: Flow[..., Any], *arguments: Any) -> None:
+def missing(spec: Spec, asked: Asked) -> list[str]:
+    """Return the steps that make what a study needs and the user did not give, each after those that it reads."""
+    own_text = asked.ids or (asked.corpus and spec.texts_of_corpus)
+    texts = "texts" in spec.needs and not own_text
+    steps = ["fetch_model"] if "model" in spec.needs and not asked.model else []
+    steps += ["fetch_corpus"] if texts or ("corpus" in spec.needs and not asked.corpus) else []
+    return steps + (["sample_pool"] if texts else [])
+
+
+@task
+def prepare(spec: Spec, asked: Asked) -> dict[str, Path]:
+    """Have DVC bring up to date what is not given; return where model and corpus are."""
+    if "documents" in spec.needs:
+        from studies.corpus import fetched_corpus
+
+        return {"corpus": fetched_corpus(load_params())}
+    bring(missing(spec, asked))
+    corpus = asked.corpus if asked.corpus and spec.texts_of_corpus else paths("fetch_corpus")[1]["corpus"]
+    return {"model": asked.model or paths("fetch_model")[1]["model"], "corpus": corpus}
+
+
+@task
+def measure(spec: Spec, asked: Asked, files: dict[str, Path], values: Mapping[str, Any]) -> Any:
+    """Prune and judge; return rows, not tensors."""
+    from studies.run import measure as measured
+    from studies.subject import Subject
+
+    return measured(spec, Subject(asked, files, spec.judges_tokens), values)
+
+
+@task
+def report(spec: Spec, measured: Any, values: Mapping[str, Any]) -> Any:
+    """Write tables and picture."""
+    from studies.run import report as reported
+
+    return reported(spec, measured, values)
+
+
+@task
+def record(spec: Spec, measured: Any, made: Any) -> str:
+    """Record the study in MLflow."""
+    from studies.run import record as recorded
+
+    return recorded(spec, measured, made)
+
+
+@flow(persist_result=False, validate_parameters=False)
+def study(spec: Spec, asked: Asked, values: Mapping[str, Any]) -> State:
+    """Run a study: its outcome printed, errors of the input one line."""
+    os.chdir(environment.ROOT)
+    start = time.monotonic()
+    prepare_environment(
+        spec.threads or asked.threads or load_params().compute.threads, online="documents" in spec.needs
+    )
+    try:
+        files = prepare(spec, asked)
+        measured = measure(spec, asked, files, values)
+        made = report(spec, measured, values)
+        run_id = record(spec, measured, made)
+    except InputError as error:
+        return Failed(message=str(error))
+    show(made, run_id)
+    Console().print(f"main job: {time.monotonic() - start:.0f} s", highlight=False)
+    return Completed(message=made.conclusion[0])
+
+
+# --- the command line -------------------------------------------------------------------------------------------
+
+
+def command(name: str, run: Callable[[Spec, Asked, Mapping[str, Any]], None]) -> click.Command:
+    """Return a study's command line.
+
+    Args:
+        name: Of the study.
+        run: Does it.
+
+    Raises:
+        InputError: If there is no such study.
+    """
+    spec = load_spec(name)
+    settings = [_option(key, setting.help, metavar="VALUE") for key, setting in spec.settings.items()]
+    assigned = click.Option(["-S", "assignments"], multiple=True, metavar="KEY=VALUE", help="The same, as a setting.")
+    quick = click.Option(["--quick"], is_flag=True, help="Few and small: to see that it works.")
+
+    def called(assignments: tuple[str, ...], **given: Any) -> None:
+        changed = {key: given.pop(key) for key in spec.settings}
+        changed = {key: value for key, value in changed.items() if value is not None} | _read(assignments)
+        for key in ("ids", "judge", "model", "corpus", "text"):
+            given[key] = given[key].resolve() if given.get(key) else None
+        run(spec, Asked(**given).limited(), spec.values(given["quick"], changed))
+
+    options = [OPTIONS[key]() for key in spec.options]
+    return click.Command(name, callback=called, params=[*settings, assigned, *options, quick], help=spec.question)
+
+
+def _read(assignments: Iterable[str]) -> dict[str, str]:
+    pairs = [each.partition("=") for each in assignments]
+    if odd := [key for key, equals, _ in pairs if not equals]:
+        raise InputError(f"-S: expected KEY=VALUE such as ratios=0.2,0.4, got {odd[0]}; correct it")
+    return {key: value for key, _, value in pairs}
+
+
+def run(spec: Spec, asked: Asked, values: Mapping[str, Any]) -> None:
     """Run a study's flow, beside a temporary Prefect server unless one is configured; end the process if it fails."""
     os.chdir(environment.ROOT)
     if fault := prefect_fault():  # its results are this flow's: it cannot do without
         sys.stderr.write(f"{ERROR_PREFIX}{fault}\n")
         sys.exit(1)
+    named = study.with_options(name=spec.name.replace("_", "-"))
     try:
-        state: State[Any] = study_flow(*arguments, return_state=True)  # type: ignore[assignment]
+        state: State[Any] = named(spec, asked, values, return_state=True)  # type: ignore[assignment]
     except KeyboardInterrupt:
         sys.stderr.write(f"{ERROR_PREFIX}{_INTERRUPTED}\n")
         sys.exit(130)
@@ -149,82 +225,19 @@ def run(study_flow: Flow[..., Any], *arguments: Any) -> None:
         sys.exit(1)
 
 
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """End the process with one line where what the command line says cannot be."""
-    try:
-        yield
-    except InputError as error:
-        raise SystemExit(f"{ERROR_PREFIX}{error}") from None
+def main(name: str | None = None) -> None:
+    """Run the study of that name, or of the command line's first argument."""
+    arguments = sys.argv[1:]
+    if name is None and (not arguments or arguments[0] in ("-h", "--help")):
+        Console().print("usage: python -m flows.study NAME [OPTIONS]", *study_names(), sep="\n  ", highlight=False)
+        return
+    with suppress(BrokenPipeError):
+        try:
+            chosen = name or arguments.pop(0)
+            command(chosen, run).main(arguments, prog_name=f"python -m flows.study {chosen}")
+        except InputError as error:
+            raise SystemExit(f"{ERROR_PREFIX}{error}") from None
 
 
-# --- steps ----------------------------------------------------------------------------------------------------
-
-
-def set_environment(asked: Asked) -> None:
-    """Set threads, and no network; `subject` does, and who imports torch before calling it must have done."""
-    prepare_environment(asked.threads or load_params().compute.threads, online=False)
-
-
-def subject(asked: Asked) -> Subject:
-    """Have DVC bring up to date what is asked for, and read the texts."""
-    set_environment(asked)
-    files = prepare(asked)
-    return Subject(files["model"], read_texts(asked, files))
-
-
-def bring(steps: Iterable[str]) -> None:
-    """Have DVC bring steps up to date; inside a task or a flow."""
-    for step in steps:
-        bring_up_to_date(step, get_run_logger(), _WAIT_SECONDS)
-
-
-@task
-def prepare(asked: Asked) -> dict[str, Path]:
-    """Have DVC bring the model, and unless ids are given the text, up to date; return where they are."""
-    steps = [] if asked.model else ["fetch_model"]
-    steps += [] if asked.ids else ["fetch_corpus", "sample_pool"]
-    bring(steps)
-    files = paths("fetch_model")[1] | paths("fetch_corpus")[1] | paths("sample_pool")[1]
-    return files | ({"model": asked.model} if asked.model else {})
-
-
-@task
-def read_texts(asked: Asked, files: dict[str, Path]) -> Any:
-    """Read what every method calibrates on and is judged by."""
-    from studies.texts import judged_on, texts_of_ids, texts_of_pipeline, with_generated
-
-    # what another text is judged by says nothing of how much this one has to hold
-    sizes = (_FEWEST if asked.judge else asked.tokens, asked.compensation_sequences)
-    params = None
-    if asked.ids:
-        texts = texts_of_ids(asked.ids, *sizes)
-    else:
-        params = load_params()
-        texts = texts_of_pipeline(params, files["model"], files["corpus"], *sizes)
-    texts = with_generated(texts, files["model"], asked.self_generated, params)
-    return judged_on(texts, asked.judge, files["model"], asked.tokens) if asked.judge else texts
-
-
-@task
-def record(
-    name: str, parameters: dict[str, Any], children: dict[str, Any], files: Sequence[Path], conclusion: Sequence[str]
-) -> str:
-    """Record a study in MLflow: a parent, and a child a variant (`studies.tracking.Series`)."""
-    from studies.tracking import record_study
-
-    return record_study(name, parameters, children, files, "\n\n".join(conclusion))
-
-
-def text_parameters(texts: Any) -> dict[str, Any]:
-    """Return digests and shapes of the texts, for `record`."""
-    names = ("calibration", "compensation", "heldout", "evaluation")
-    digests = {name: getattr(texts, name).digest for name in names}
-    return {"text": digests, "sequences_and_tokens": {name: list(getattr(texts, name).ids.shape) for name in names}}
-
-
-def fitted_on(texts: Any, asked: Asked) -> str:
-    """Return a note of what compensation was fitted on."""
-    sequences, length = texts.compensation.ids.shape
-    own = f", {asked.self_generated} x {length} of them the dense model's own" if asked.self_generated else ""
-    return f"compensation was fitted on {sequences} x {length} tokens{own}"
+if __name__ == "__main__":
+    main()

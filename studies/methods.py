@@ -1,15 +1,16 @@
 """Every method that a study may compare: how it scores, how it spends a budget, and its scores kept on disk.
 
-A sweep over ratios, gammas or roundings asks for the same saliency again and again; it is computed once.
+A sweep over ratios, gammas or roundings asks for the same saliency again and again; it is computed once. This is
+the one module of studies/ that knows the registry of methods.
 """
 
 import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from safetensors.numpy import save_file
 
 from nirvana import baselines
 from nirvana.allocation import Keep, Rule, allocate
-from nirvana.architectures.site import Site
+from nirvana.architectures.site import Module, Site
 from nirvana.baselines.same_share import allocate_same_share, protected_layers
 from nirvana.errors import InputError
 from nirvana.files import atomic_file
@@ -26,6 +27,9 @@ from nirvana.methods import Method, Scoring
 from nirvana.walk import Ids, Stack
 from studies import scorers
 from studies.store import STUDIES, study_key
+
+if TYPE_CHECKING:
+    from studies.variants import Variant
 
 Tensors = dict[str, NDArray[Any]]
 SHORTGPT = "shortgpt"
@@ -47,6 +51,8 @@ METHODS: dict[str, Method] = {
 NAMES = (*METHODS, *WITHOUT_UNITS)
 SEEDED = frozenset({"fisher", "random"})
 """Those whose scores depend on the seed: of the labels, of the draw."""
+BOTH = "both"
+"""Units of attention and of MLPs may leave."""
 FOLDER = "compare"
 """Where scores are kept, whatever study asks for them."""
 
@@ -62,6 +68,36 @@ def method_named(name: str) -> Method:
     if name not in METHODS:
         raise InputError(f"methods: expected some of {', '.join(NAMES)}, got {name!r}; correct the name")
     return METHODS[name]
+
+
+def method_of(variant: "Variant") -> Method:
+    """Return a variant's method with what the variant changes of it."""
+    method = method_named(variant.method)
+    gamma = method.gamma if variant.gamma is None else variant.gamma
+    factor = method.attention_factor if variant.attention_factor is None else variant.attention_factor
+    return replace(method, gamma=gamma, attention_factor=factor)
+
+
+def keep_of(
+    variant: "Variant", sites: Sequence[Site], saliency: Mapping[str, NDArray[np.float32]], round_to: int
+) -> Keep:
+    """Return which units stay.
+
+    Args:
+        variant: Its method, ratio, rule and the module where units may leave decide.
+        sites: Where units live, in walk order.
+        saliency: Unit saliency by site name.
+        round_to: Kept neurons of a layer are a multiple of this, unless the variant says otherwise.
+
+    Raises:
+        InputError: If the ratio cannot be reached, or no layer is left to prune.
+    """
+    method, round_to = method_of(variant), variant.round_to or round_to
+    if variant.where == BOTH:
+        return allocate_for(method, sites, saliency, variant.ratio, round_to, variant.rule)
+    if method.ranking == "joint":
+        saliency = {site.name: saliency[site.name] / np.float32(site.weights_per_unit) for site in sites}
+    return keep_elsewhere(sites, saliency, "mlp" if variant.where == "mlp" else "attention", variant.ratio, round_to)
 
 
 def allocate_for(
@@ -104,6 +140,55 @@ def allocate_for(
         ranking=method.ranking,
         attention_factor=method.attention_factor,
     )
+
+
+def keep_elsewhere(
+    sites: Sequence[Site], saliency: Mapping[str, NDArray[np.float32]], module: Module, ratio: float, round_to: int = 8
+) -> Keep:
+    """Return which units stay when one module alone has to meet a ratio.
+
+    Args:
+        sites: Of the whole model.
+        saliency: By site name; the least leave first, whatever they weigh.
+        module: Where units leave. One KV group, or `round_to` neurons, stays in every layer.
+        ratio: Share of all block weights that leaves; attention comes as near to it as whole KV groups do.
+        round_to: Kept neurons of a layer are a multiple of this (or all of them).
+
+    Raises:
+        InputError: If the module is too small for it.
+    """
+    of = [site for site in sites if site.module == module]
+    total, own = (sum(site.weights for site in each) for each in (sites, of))
+    least = 1 if module == "attention" else round_to
+    most = sum(max(0, site.units - least) * site.weights_per_unit for site in of) / total
+    if ratio > most:
+        raise InputError(
+            f"pruning_ratio: {ratio:g} cannot be reached in {module} alone: at most {int(most * 10_000) / 10_000:g} of "
+            "the block weights can leave there; ask for at most that"
+        )
+    whole = {site.name: np.arange(site.units, dtype=np.int64) for site in sites}
+    if module == "attention":
+        return whole | _groups(of, saliency, ratio * total)
+    # one list of units "by saliency a weight" is one list by saliency where that was multiplied first
+    raw = {site.name: saliency[site.name] * np.float32(site.weights_per_unit) for site in of}
+    return whole | allocate(of, raw, ratio * total / own, 1.0, round_to, ranking="joint")
+
+
+def _groups(sites: Sequence[Site], saliency: Mapping[str, NDArray[np.float32]], target: float) -> Keep:
+    """Let the least salient KV groups of all layers leave, each layer's best apart, until the target is nearest."""
+    candidates = sorted(
+        (float(saliency[site.name][unit]), position, int(unit))
+        for position, site in enumerate(sites)
+        for unit in np.argsort(saliency[site.name], kind="stable")[:-1]
+    )
+    gone = np.cumsum([0, *(sites[position].weights_per_unit for _, position, _ in candidates)])
+    leaving: dict[int, list[int]] = {}
+    for _, position, unit in candidates[: int(np.argmin(np.abs(gone - target)))]:
+        leaving.setdefault(position, []).append(unit)
+    return {
+        site.name: np.setdiff1d(np.arange(site.units, dtype=np.int64), leaving.get(position, []))
+        for position, site in enumerate(sites)
+    }
 
 
 @dataclass(frozen=True)

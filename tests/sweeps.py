@@ -1,14 +1,24 @@
-"""A tiny comparison and made-up rows, for the tests of the sweeps."""
+"""A tiny comparison and a study's rows of it, for the tests of studies."""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 from tiny import random_ids
 
 from studies.comparison import Comparison, Text, Texts
+from studies.spec import load_spec, resolve
+from studies.subject import Asked
 
 
 def tiny_comparison(model_directory):
     return Comparison(model_directory, Texts(*(Text(random_ids(4, 16, i)) for i in range(4))), round_to=8)
+
+
+def measured(name, comparison, **changed):
+    """Return a study's rows of a comparison, its settings changed as the command line does it."""
+    spec = load_spec(name)
+    subject = SimpleNamespace(comparison=comparison, asked=Asked(), notes=[], parameters={})
+    return resolve(spec.measure)(subject, spec, spec.values(False, changed))
 
 
 @contextmanager
@@ -18,16 +28,3 @@ def counted(monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(Comparison, "judged_by", lambda self, of: judged.append(1) or original(self, of))
         yield judged
-
-
-def made_row(method, ratio, loss, kl=0.5, **names):
-    """Two windows and two held-out sequences, the second a nat worse."""
-    return {
-        "method": method,
-        "ratio": ratio,
-        "achieved_ratio": ratio,
-        "kl_divergence": kl,
-        "divergences": [kl - 0.5, kl + 0.5],
-        "losses": [loss - 0.5, loss + 0.5],
-        **names,
-    }

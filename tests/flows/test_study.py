@@ -18,21 +18,11 @@ def ran(study, home, *options):
     return subprocess.run(command, cwd=home, env=variables, capture_output=True, text=True, timeout=900, check=False)
 
 
-@pytest.mark.parametrize(
-    ("study", "option", "said"),
-    [
-        ("compare", "--ratios=2", "error: --ratios: expected numbers between 0 and 1 such as 0.2,0.4, got 2; correct"),
-        ("gamma_sweep", "--gammas=1,x", "error: --gammas: expected numbers between 0 and 1000"),
-        ("attention_factor", "--factors=0,1", "error: --factors: expected numbers between 0 and 1000"),
-        ("alignment", "--round-to=1,0", "error: --round-to: expected whole numbers above 0 such as 1,8,64, got 1,0"),
-        ("modules", "--ratios=", "error: --ratios: expected numbers"),
-        ("zero_shot", "--ratios=2", "error: --ratios: expected numbers between 0 and 1"),
-        ("fine_tuning", "--ratio=2", "error: --ratio: expected"),
-    ],
-)
-def test_an_option_that_cannot_be_is_one_line(study, option, said, tmp_path):
-    done = ran(study, tmp_path, option)
-    assert done.returncode == 1 and done.stderr.startswith(said) and done.stderr.count("\n") == 1
+def test_an_option_that_cannot_be_is_one_line(tmp_path):
+    done = ran("compare", tmp_path, "--ratios=2")
+    assert done.returncode == 1 and done.stderr.startswith("error: --ratios: expected") and done.stderr.count("\n") == 1
+    done = ran("study", tmp_path, "flop")
+    assert done.returncode == 1 and done.stderr.startswith("error: expected a study of alignment, attention_factor")
 
 
 def test_a_text_that_is_not_there_is_one_line(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nirvana.errors import InputError
-from studies.bootstrap import paired_bootstrap
+from studies.bootstrap import paired_bootstrap, two_way_bootstrap, unpaired_bootstrap
 
 
 def test_a_constant_difference_has_no_width():
@@ -97,3 +97,17 @@ def test_the_draw_is_the_seeds():
 def test_what_cannot_be_compared(a, b, said):
     with pytest.raises(InputError, match=said):
         paired_bootstrap(a, b)
+
+
+def test_models_that_agree_leave_the_windows_only():
+    assert two_way_bootstrap(np.array([[1.0, 3.0]] * 3)) == (2, 1, 3)
+
+
+def test_unpaired_bootstrap():
+    a, b = np.full((3, 5), 2.0), np.full((2, 5), 1.5)
+    assert unpaired_bootstrap(a, b, samples=50) == tuple(pytest.approx(0.5) for _ in range(3))
+    hard = np.arange(5.0)  # hard windows are hard for both: no uncertainty
+    assert unpaired_bootstrap(a + hard, b + hard, samples=50) == tuple(pytest.approx(0.5) for _ in range(3))
+    a[0] += 3  # one plan of three is worse: 0 to 3 of 3 draws are that one
+    spread = unpaired_bootstrap(a, b, samples=2000)
+    assert spread == (pytest.approx(1.5), pytest.approx(0.5), pytest.approx(3.5, abs=1.01))

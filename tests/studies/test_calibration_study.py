@@ -1,6 +1,5 @@
 """The calibration study: draws as the pipeline's, statistics by hand, plans judged as built, nothing computed twice."""
 
-import csv
 import itertools
 import math
 from types import SimpleNamespace
@@ -17,31 +16,32 @@ from nirvana.files import write_json
 from nirvana.saliency import channel_saliency, unit_saliency
 from nirvana.walk import Stack, final_hidden_states
 from studies import methods as registry
-from studies.calibration_study.plot import draw
-from studies.calibration_study.study import CalibrationStudy, Settings, measure
-from studies.calibration_study.summary import (
+from studies.calibration import (
+    Study,
     chance_of_selection,
     correlations,
-    lines,
-    matches,
+    domains,
     matching,
+    plans,
     spearman,
     spearman_interval,
-    two_way_bootstrap,
+    summary,
+    verdict,
 )
-from studies.calibration_study.texts import Source, corpus_source, ids_source
-from studies.calibration_study.words import line_table, match_table, series, verdict, write_tables
 from studies.comparison import Comparison, Text, Texts
 from studies.methods import METHODS
+from studies.sources import Source, corpus_source, ids_source
+from studies.spec import load_spec
+from studies.variants import Variant
 from tasks import sample_pool
 from tasks.corpus.documents import Document, write_documents
 
-SETTINGS = Settings(
+SETTINGS = load_spec("calibration_study").values(False, {}) | dict(  # noqa: C408
     ratio=0.4,
     candidates=4,
     sequences=2,
     length=16,
-    averaged=(2, 4, 9),
+    averaged=[2, 4, 9],
     groups=1,
     counts=(2, 4, 500),
     lengths=(8, 16),
@@ -77,7 +77,9 @@ CORPUS, OTHER = source("corpus", 0), source("ids", 10)
 def calibration(model_directory, tmp_path, monkeypatch):
     """Its cache goes beside the test."""
     monkeypatch.chdir(tmp_path)
-    return CalibrationStudy(model_directory, "nirvana", 0.4, round_to=1)
+    found = Study(model_directory, SETTINGS)
+    found.by(CORPUS)
+    return found
 
 
 # --- texts ----------------------------------------------------------------------------------------------------
@@ -146,7 +148,7 @@ def test_a_candidates_row_is_the_comparisons(calibration, model_directory):
     (text,) = CORPUS.batches(1, 4, 16)
     row = calibration.judged(calibration.keep(calibration.saliency(text)), CORPUS)
     given = Texts(text, text, CORPUS.heldout, CORPUS.evaluation)
-    expected = Comparison(model_directory, given, round_to=1).row("nirvana", 0.4)
+    expected = Comparison(model_directory, given, round_to=8).row(Variant("nirvana", 0.4))
     assert row == {name: expected[name] for name in ("kl_divergence", "losses")}
     dense = calibration.judged(None, CORPUS)
     assert dense["kl_divergence"] == pytest.approx(0, abs=1e-7)
@@ -172,7 +174,7 @@ def test_the_best_are_averaged_as_in_the_pipeline(calibration, model_directory):
 
 
 def test_rows(calibration, model_directory):
-    rows = measure(calibration, CORPUS, OTHER, SETTINGS)
+    rows = plans(calibration, CORPUS, OTHER, SETTINGS)
     parts = {part: matching(rows, part=part) for part in dict.fromkeys(row["part"] for row in rows)}
     assert {part: len(each) for part, each in parts.items()} == {
         "dense": 2,
@@ -192,8 +194,8 @@ def test_rows(calibration, model_directory):
     keep = calibration.keep(calibration.saliency(OTHER.batches(3, 2, 16)[2]))
     expected = kl_divergence(stack, keep, CORPUS.heldout.ids, final_hidden_states(stack, CORPUS.heldout.ids))
     (row,) = matching(parts["candidate"], calibrated_on="ids", judged_on="corpus", draw=2)
-    assert row["kl_divergence"] == expected
-    alone = measure(calibration, CORPUS, None, SETTINGS)
+    assert row["kl_divergence"] == pytest.approx(expected, rel=1e-6)
+    alone = plans(calibration, CORPUS, None, SETTINGS)
     assert alone == [row for row in rows if (row["calibrated_on"] in ("", "corpus")) and row["judged_on"] == "corpus"]
 
 
@@ -214,41 +216,43 @@ def counted(monkeypatch):
 
 def test_a_killed_study_goes_on_and_a_second_run_computes_nothing(model_directory, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    scored, judged, original = counted(monkeypatch), [], CalibrationStudy._judge
+    scored, judged, original = counted(monkeypatch), [], Comparison.judged_by
 
-    def dies(self, keep, judge):
+    def dies(self, hidden_of):
         if len(judged) == 5:
             raise KeyboardInterrupt
         judged.append(1)
-        return original(self, keep, judge)
+        return original(self, hidden_of)
 
     def again():
-        return CalibrationStudy(model_directory, "nirvana", 0.4, round_to=1)
+        found = Study(model_directory, SETTINGS)
+        found.by(CORPUS)
+        return found
 
-    monkeypatch.setattr(CalibrationStudy, "_judge", dies)
+    monkeypatch.setattr(Comparison, "judged_by", dies)
     with pytest.raises(KeyboardInterrupt):
-        measure(again(), CORPUS, None, SETTINGS)
+        plans(again(), CORPUS, None, SETTINGS)
     before = len(scored)
-    monkeypatch.setattr(CalibrationStudy, "_judge", lambda self, *given: judged.append(1) or original(self, *given))
-    rows = measure(again(), CORPUS, None, SETTINGS)
+    monkeypatch.setattr(Comparison, "judged_by", lambda self, *given: judged.append(1) or original(self, *given))
+    rows = plans(again(), CORPUS, None, SETTINGS)
     different = {(tuple(row["losses"]), row["kl_divergence"]) for row in rows}
     assert len(judged) == len(different)  # each plan once, although candidates are counts and lengths too
     assert before == 4 and len(scored) == 4 + 2 + 2  # and 4 sequences of 16, 4 of 8 tokens
     judged.clear()
     scored.clear()
     last = again()
-    assert measure(last, CORPUS, None, SETTINGS) == rows and judged == scored == []
-    assert "stack" not in vars(last)  # nothing was opened
+    assert plans(last, CORPUS, None, SETTINGS) == rows and judged == scored == []
+    assert "stack" not in vars(last.by(CORPUS))  # nothing was opened
 
 
 def test_what_cannot_be_is_one_line(calibration, tmp_path):
     for changed, message in (
         ({"method": "flop"}, "expected some of nirvana, fisher, .*, got 'flop'"),
-        ({"method": "shortgpt"}, "got shortgpt, which scores layers"),
+        ({"method": "shortgpt"}, "expected some that remove units, got shortgpt"),
         ({"candidates": 99}, "expected less, got more"),
     ):
         with pytest.raises(InputError, match=message) as raised:
-            measure(calibration, CORPUS, None, Settings(**changed))
+            plans(Study(calibration.model_directory, SETTINGS | changed), CORPUS, None, SETTINGS | changed)
         assert "\n" not in str(raised.value)
     with pytest.raises(InputError, match="expected documents") as raised:
         corpus_source(small_params(), tmp_path, tmp_path, 128)
@@ -296,16 +300,6 @@ def test_chances_are_those_of_all_pools(pool_size):
     assert chance_of_selection(scores, pool_size) == pytest.approx(expected)
 
 
-def test_two_way_bootstrap():
-    a, b = np.full((3, 5), 2.0), np.full((2, 5), 1.5)
-    assert two_way_bootstrap(a, b, samples=50) == tuple(pytest.approx(0.5) for _ in range(3))
-    hard = np.arange(5.0)  # hard windows are hard for both: no uncertainty
-    assert two_way_bootstrap(a + hard, b + hard, samples=50) == tuple(pytest.approx(0.5) for _ in range(3))
-    a[0] += 3  # one plan of three is worse: 0 to 3 of 3 draws are that one
-    spread = two_way_bootstrap(a, b, samples=2000)
-    assert spread == (pytest.approx(1.5), pytest.approx(0.5), pytest.approx(3.5, abs=1.01))
-
-
 def made(part, kl, losses, on="corpus", by="corpus", **named):
     found = {"part": part, "calibrated_on": by, "judged_on": on, "kl_divergence": kl, "losses": losses}
     return {"sequences": 8, "length": 128, "averaged": 1, "draw": 0} | found | named
@@ -331,7 +325,7 @@ ROWS = [
 
 
 def test_lines_by_hand():
-    found = {line.variant: line for line in lines(ROWS, "corpus", pool_size=2)}
+    found = {line["variant"]: line for line in summary([row | {"pool_size": 2} for row in ROWS], {})}
     assert list(found) == [
         "any one",
         "lowest KL of 2, expected",
@@ -343,75 +337,34 @@ def test_lines_by_hand():
         "8 × 64 tokens",
     ]
     blind, chosen = found["any one"], found["lowest KL of 3"]
-    assert (blind.token_perplexity, blind.gain) == (pytest.approx(math.exp(2)), 0)  # windows: 1 and 3
-    assert blind.deviation == pytest.approx(0.5) and blind.plans == 3  # of 2.5, 1.5, 2
-    assert (chosen.gain, chosen.low, chosen.high) == (pytest.approx(0.5), pytest.approx(0), pytest.approx(1))
+    assert (blind["token_perplexity"], blind["gain"]) == (pytest.approx(math.exp(2)), 0)  # windows: 1 and 3
+    assert blind["deviation"] == pytest.approx(0.5) and blind["plans"] == 3  # of 2.5, 1.5, 2
+    assert (chosen["gain"], chosen["low"], chosen["high"]) == (pytest.approx(0.5), pytest.approx(0), pytest.approx(1))
     # of the three pools of two, two hold the best, one the others: 2/3 of 1.5, 1/3 of 2
-    assert found["lowest KL of 2, expected"].gain == pytest.approx(2 - (2 * 1.5 + 2) / 3)
-    assert found["lowest KL of 2, expected"].kl_divergence == pytest.approx((2 * 0.1 + 0.2) / 3)
-    assert found["best in hindsight"].gain == chosen.gain
-    assert found["mean of any 2"].gain == 0 and found["mean of any 2"].deviation is None
-    assert found["4 × 128 tokens"].deviation == pytest.approx(math.sqrt(0.5))
+    assert found["lowest KL of 2, expected"]["gain"] == pytest.approx(2 - (2 * 1.5 + 2) / 3)
+    assert found["lowest KL of 2, expected"]["kl_divergence"] == pytest.approx((2 * 0.1 + 0.2) / 3)
+    assert found["best in hindsight"]["gain"] == chosen["gain"]
+    assert found["mean of any 2"]["gain"] == 0 and found["mean of any 2"]["deviation"] is None
+    assert found["4 × 128 tokens"]["deviation"] == pytest.approx(math.sqrt(0.5))
 
 
 def test_correlations_and_domains_by_hand():
     found = correlations(ROWS, "corpus")
     assert found["corpus"].difference == pytest.approx(1)  # KL 3 1 2, losses 2.5 1.5 2
     assert found["ids"].difference == pytest.approx(0.5)  # 5, 4.5, 6
-    pairs = {(pair.calibrated_on, pair.judged_on): pair for pair in matches(ROWS)}
+    pairs = {(pair["calibrated_on"], pair["judged_on"]): pair for pair in domains(ROWS, {})}
     assert len(pairs) == 4
     away = pairs[("corpus", "ids")]
-    assert (away.plans, away.loss_increase) == (3, pytest.approx(31 / 6 - 2))
-    assert away.disadvantage == pytest.approx(31 / 6 - 3.5) and away.low > 0
-    assert pairs[("ids", "ids")].disadvantage == 0
-    assert pairs[("ids", "corpus")].token_perplexity == pytest.approx(math.exp(3))
-    assert matches([row for row in ROWS if row["judged_on"] == "corpus" != row["calibrated_on"]]) == []
+    assert (away["plans"], away["loss_increase"]) == (3, pytest.approx(31 / 6 - 2))
+    assert away["disadvantage"] == pytest.approx(31 / 6 - 3.5) and away["low"] > 0
+    assert pairs[("ids", "ids")]["disadvantage"] == 0
+    assert pairs[("ids", "corpus")]["token_perplexity"] == pytest.approx(math.exp(3))
+    assert domains([row for row in ROWS if row["judged_on"] == "corpus" != row["calibrated_on"]], {}) == []
 
 
-def test_words_and_files(tmp_path):
-    found, pairs = lines(ROWS, "corpus", 2), matches(ROWS)
-    told = verdict(ROWS, "corpus", found, pairs)
-    assert told[0].startswith(
-        "Selection: KL on the held-out batch ranks 3 batches as perplexity does with Spearman 1.00"
-    )
-    assert "as perplexity on ids does, 0.50" in told[0] and "from 4.5 to 12.2" in told[0]
-    assert "mean of the best 2 +1.000" in told[1] and told[2].startswith("More sequences")
-    assert told[-2].startswith("Judged on corpus, a batch of ids loses +1.000")
-    files = write_tables(ROWS, found, pairs, tmp_path / "calibration_study.csv")
-    assert [file.name for file in files] == [
-        "calibration_study.csv",
-        "calibration_study_summary.csv",
-        "calibration_study_domains.csv",
-    ]
-    with files[0].open() as opened:
-        rows = list(csv.DictReader(opened))
-    assert len(rows) == len(ROWS) and float(rows[2]["token_perplexity"]) == pytest.approx(math.exp(2.5))
-    assert line_table(found)[3][0] == "lowest KL of 3" and len(match_table(pairs)) == 5
-    children = series(ROWS)
-    assert list(children)[:3] == ["dense on corpus", "dense on ids", "candidates of corpus on corpus"]
-    assert children["candidates of corpus on corpus"][0].points == [(0, 0.3), (1, 0.1), (2, 0.2)]
-
-
-@pytest.mark.parametrize("parts", [None, ("dense", "candidate")])
-def test_picture(parts, tmp_path):
-    rows = [row for row in ROWS if parts is None or row["part"] in parts]
-    rows = rows if parts is None else [row for row in rows if "ids" not in (row["judged_on"], row["calibrated_on"])]
-    png, svg = draw(rows, "corpus", tmp_path / "calibration_study.png")
-    assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 20_000
-    text = svg.read_text()
-    assert "Spearman 1.00" in text and "lowest KL" in text
-    assert ("calibrated on ids" in text) == (parts is None) == ("not measured" not in text)
-    first = svg.read_bytes()
-    draw(rows, "corpus", tmp_path / "calibration_study.png")
-    assert svg.read_bytes() == first
-
-
-@pytest.mark.parametrize(
-    ("asked", "message"), [({"method": "flap"}, "--method: expected"), ({"ratio": 1.5}, "--ratio:")]
-)
-def test_what_the_command_line_cannot_ask_for_is_one_line(asked, message):
-    from flows.calibration_study import main
-
-    with pytest.raises(SystemExit, match=message) as ended:
-        main(**asked)
-    assert "\n" not in str(ended.value)
+def test_sentences():
+    tables = {"summary": summary([row | {"pool_size": 2} for row in ROWS], {}), "domains": domains(ROWS, {})}
+    told = verdict(tables, ROWS, {})
+    assert told[0].startswith("KL on the held-out batch ranks 3 batches as perplexity does, Spearman on corpus 1.00")
+    assert "on ids 0.50" in told[0] and any("mean of the best 2 +1.000" in each for each in told)
+    assert told[-1].startswith("Judged on") and any("a batch of ids loses +1.000" in each for each in told)

@@ -1,6 +1,5 @@
 """The study of families: each is trained, pruned and judged alike, no part twice, and the words fit the rows."""
 
-import csv
 import json
 import os
 import shutil
@@ -18,26 +17,36 @@ from tiny import tiny_corpus, tiny_recipe
 from nirvana.architectures.registry import describe
 from nirvana.errors import InputError
 from nirvana.walk import Stack
-from studies import tiny_model
+from studies import families, tiny_model
 from studies.comparison import BEST, Comparison
-from studies.families import study as families
-from studies.families.plot import draw
-from studies.families.study import REFUSED, Settings
-from studies.families.summary import bootstrap, lines_of, notes, series, table, verdict, write_lines
+from studies.families import agreement, check, variants_of
+from studies.lines import lines_of
+from studies.measure import UNREACHABLE
+from studies.spec import load_spec
+from studies.subject import Asked, Subject
 from studies.tiny_model import FAMILIES, build_model
+from studies.words import series_of, verdict
 from tasks.params import load_params
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = tiny_recipe(steps=3)
-SETTINGS = Settings(
-    RECIPE,
-    ("llama", "phi3"),
-    methods=("fisher", "nirvana"),
-    ratios=(0.3,),
-    calibration_sequences=2,
-    compensation_sequences=6,
-    windows=4,
-)
+SPEC = load_spec("families")
+SETTINGS = SPEC.values(False, {}) | asdict(RECIPE)
+SETTINGS |= {"families": ["llama", "phi3"], "methods": ["fisher", "nirvana"], "ratios": [0.3]}
+SETTINGS |= {"calibration_sequences": 2, "compensation_sequences": 6, "windows": 4}
+del SETTINGS["family"]
+
+
+def measure(corpus, **changed):
+    return families.rows(Subject(Asked(processes=1), {"corpus": corpus}), SPEC, SETTINGS | changed)
+
+
+def lines_by_hand(rows):
+    return lines_of(rows, SPEC.tables[0])
+
+
+def ways_of(method):
+    return [(each.method, each.compensation) for each in variants_of(SETTINGS, method, 0)]
 
 
 # --- models and texts -----------------------------------------------------------------------------------------
@@ -63,7 +72,7 @@ def test_every_family_can_be_described_and_trained(family, tmp_path):
     from nirvana.walk import final_hidden_states
     from studies.comparison import window_losses
 
-    judged = window_losses(final_hidden_states(hidden, ids), ids, hidden.head_weight(), architecture.logit_softcap)
+    judged = window_losses(hidden, final_hidden_states(hidden, ids), ids)
     np.testing.assert_allclose(judged, losses, rtol=1e-4)
 
 
@@ -102,63 +111,49 @@ def test_unigram_loss_by_hand():
 
 def test_what_cannot_be_is_one_line():
     with pytest.raises(InputError, match=r"^families: expected some of llama,qwen2,.*gemma3_text, got bert; correct"):
-        Settings(families=("llama", "bert"))
+        check(SETTINGS | {"families": ["llama", "bert"]})
     with pytest.raises(InputError, match="expected fisher among them"):
-        Settings(methods=("nirvana",))
+        check(SETTINGS | {"methods": ["nirvana"]})
     with pytest.raises(InputError, match="got 'flop'"):
-        Settings(methods=("fisher", "flop"))
+        check(SETTINGS | {"methods": ["fisher", "flop"]})
 
 
 def test_a_held_out_text_that_is_too_short_is_said_before_training(corpus, monkeypatch):
     monkeypatch.setattr(tiny_model, "train", lambda *_: pytest.fail("trained"))
     with pytest.raises(InputError, match="held-out text: expected 20000 sequences of 16 tokens"):
-        families.measure(replace(SETTINGS, windows=10_000), corpus, 1)
+        measure(corpus, windows=10_000)
 
 
 # --- all of it ------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_measured_once_and_told(corpus, tmp_path, monkeypatch):
-    found = families.measure(SETTINGS, corpus, 1)
-    rows = found["rows"]
+def test_rows_are_measured_once(corpus, monkeypatch):
+    rows = measure(corpus)
     assert [(row["family"], row["method"], row["compensation"]) for row in rows] == [
         (family, *way)
         for family in ("llama", "phi3")
-        for way in (("dense", "none"), *(w for method in SETTINGS.methods for w in families.ways_of(method)))
+        for way in (("dense", "none"), *(way for method in SETTINGS["methods"] for way in ways_of(method)))
     ]
+    assert ways_of("flap") == [("flap", "none"), ("flap", "bias"), ("flap", "least_squares")]
     families.comparison_of.cache_clear()  # as in another process
     with monkeypatch.context() as patched, counted(patched) as judged:
         patched.setattr(tiny_model, "train", lambda *_: pytest.fail("trained again"))
-        assert families.measure(SETTINGS, corpus, 1) == found
+        assert measure(corpus) == rows
         assert judged == []
-    lines = lines_of(rows)
-    assert {line.way for line in lines} == {
-        ("dense", "none"),
-        *(w for m in SETTINGS.methods for w in families.ways_of(m)),
-    }
-    png, svg = draw(lines, tmp_path / "families.png")
-    assert png.stat().st_size > 20_000
-    assert all(word in svg.read_text() for word in ("ratio 0.3", "NIRVANA + least squares", "phi3", "llama"))
-    with write_lines(lines, tmp_path / "families.csv").open() as file:
-        assert float(next(csv.DictReader(file))["loss"]) == lines[0].loss
 
 
 def test_a_method_that_refuses_a_family_is_left_out(corpus, monkeypatch):
     original = Comparison.row
 
-    def row(self, name, ratio, compensation, seed):
-        if name == "nirvana" and describe(self.model_directory).model_type == "phi3":
+    def row(self, variant):
+        if variant.method == "nirvana" and describe(self.model_directory).model_type == "phi3":
             raise InputError("no such layout")
-        return original(self, name, ratio, compensation, seed)
+        return original(self, variant)
 
     monkeypatch.setattr(Comparison, "row", row)
-    found = families.measure(SETTINGS, corpus, 1)
-    lines = lines_of(found["rows"])
-    assert [line.family for line in lines if line.method == "nirvana"] == ["llama"] * 2
-    assert "left out: nirvana in phi3: no such layout" in notes(found["rows"], lines, found["unigram"])
-    assert ["nirvana", "refused"] in [[row[0], row[2]] for row in table(lines, 0.3)]
-    with pytest.raises(InputError, match=r"phi3 at ratio 0\.3: why"):
-        lines_of([row | ({REFUSED: "why"} if row["family"] == "phi3" else {}) for row in _made()])
+    rows = measure(corpus)
+    assert {row["family"]: row[UNREACHABLE] for row in rows if UNREACHABLE in row} == {"phi3": "no such layout"}
+    assert [line["family"] for line in lines_by_hand(rows) if line["method"] == "nirvana"] == ["llama"] * 2
 
 
 # --- what is said ---------------------------------------------------------------------------------------------
@@ -182,24 +177,19 @@ def _made(ratio=0.3):
     return rows
 
 
-def test_table_and_verdict_by_hand():
-    lines = lines_of(_made())
-    assert table(lines, 0.3) == [
-        ["", "llama", "phi3"],
-        ["flap + bias", "* +1.667", "† +0.167"],
-        ["fisher + least squares", "+1.000", "+1.000"],
-        ["nirvana", "* +2.000", "* +2.000"],
-        ["magnitude", "* +3.000", "+1.400"],
-    ]
-    standing, agreement = verdict(lines)
-    assert standing == (
-        "Ratio 0.3: fisher + least squares is surely better (95 %) than nirvana in 2 of 2 families, and than every "
-        "rival in 1 of 2 families; not in phi3 (surely worse than flap + bias, not surely apart from magnitude)."
-    )
+def test_lines_and_verdict_by_hand():
+    lines = lines_by_hand(_made())
+    above = {(line["family"], line["method"]): line["above_dense"] for line in lines}
+    assert above["llama", "flap"] == pytest.approx(5 / 3) and above["phi3", "flap"] == pytest.approx(1 / 6)
+    assert above["llama", "fisher"] == above["phi3", "fisher"] == 1 and above["phi3", "magnitude"] == pytest.approx(1.4)
+    llama, phi3 = verdict(lines, SPEC.verdict[0])
+    assert "significantly better (95 %) than 3 of 3 others" in llama
+    assert "than 1 of 3 others, not significantly apart from magnitude, significantly worse than FLAP + bias" in phi3
     # llama: best, flap, nirvana, magnitude; phi3: flap, best, magnitude, nirvana. 1 − 6·4 / (4·15)
-    assert agreement.startswith("Ratio 0.3: rank correlation of two families' orders of 4 rows is 0.60 on average")
-    ((metric, points),) = ((each.metric, each.points) for each in series(lines)["magnitude"] if "phi3" in each.metric)
-    assert metric == "loss_above_dense_phi3_by_ratio_percent" and points == [(30, pytest.approx(1.4))]
+    (told,) = agreement({"": lines}, [], {"ratios": [0.3], "families": ["llama", "phi3"]})
+    assert told.startswith("Ratio 0.3: rank correlation of two families' orders of 4 rows is 0.60 on average")
+    (phi3,) = (each for each in series_of(lines, SPEC.series[0])["magnitude"] if "phi3" in each.metric)
+    assert phi3.metric == "phi3_above_dense_by_ratio_percent" and phi3.points == [(30, pytest.approx(1.4))]
 
 
 def test_several_models_are_averaged_and_widen_the_interval():
@@ -207,11 +197,9 @@ def test_several_models_are_averaged_and_widen_the_interval():
     again = [
         row | {"seed": 1, "losses": [each + (row["method"] == "nirvana") for each in row["losses"]]} for row in rows
     ]
-    (line,) = (x for x in lines_of(rows + again) if (x.family, x.method) == ("llama", "nirvana"))
-    assert line.models == 2 and line.above_best == pytest.approx(1.5)
-    assert (line.low, line.high) == (pytest.approx(1), pytest.approx(2))  # both models the one, or both the other
-    same = bootstrap(np.array([[1.0, 3.0]] * 3), np.zeros((3, 2)))
-    assert same == (2, 1, 3)  # models that agree: over windows only
+    (line,) = (x for x in lines_by_hand(rows + again) if (x["family"], x["method"]) == ("llama", "nirvana"))
+    assert line["models"] == 2 and line["above_best"] == pytest.approx(1.5)
+    assert (line["low"], line["high"]) == (pytest.approx(1), pytest.approx(2))  # both the one, or both the other
 
 
 # --- the command ----------------------------------------------------------------------------------------------
@@ -222,7 +210,7 @@ def checkout(tmp_path):
     """The code and a params.yaml with a corpus of its own: nothing of the repository's is written."""
     path = tmp_path / "checkout"
     path.mkdir()
-    for part in ("flows", "tasks", "nirvana"):
+    for part in ("flows", "studies", "tasks", "nirvana"):
         shutil.copytree(ROOT / part, path / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copyfile(ROOT / "pyproject.toml", path / "pyproject.toml")
     tiny_corpus(tmp_path / "corpus", documents=120, sentences=120)
@@ -246,7 +234,7 @@ def _run(checkout, *options):
 def test_quick_runs_from_text_to_record(checkout):
     done = _run(checkout, "--quick", "--processes=1", "--families=llama,phi3")
     assert done.returncode == 0, done.stderr
-    assert "Ratio 0.4: fisher + least squares is surely better (95 %) than nirvana in" in done.stdout
+    assert "Ratio 0.4, llama: mask Fisher + LS (loss" in done.stdout
     assert "MLflow run" in done.stdout
     written = sorted(file.name for file in (checkout / "reports/studies").iterdir())
     assert written == ["families.csv", "families.png", "families.svg"]

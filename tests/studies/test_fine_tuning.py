@@ -1,6 +1,5 @@
 """The fine-tuning study: rows against training by hand, one recipe for all, nothing trained twice, tables by hand."""
 
-import csv
 from types import SimpleNamespace
 
 import pytest
@@ -12,12 +11,15 @@ from nirvana import recovery
 from nirvana.errors import InputError
 from nirvana.loading import load_model
 from nirvana.recovery import Recipe
-from studies.comparison import BEST, DENSE, Text, Texts
-from studies.fine_tuning import study
-from studies.fine_tuning.plot import draw
-from studies.fine_tuning.study import FineTuning, Settings, check, described, measure, read_training, recipe_of
-from studies.fine_tuning.summary import series, summary, table, verdict, write_tables
+from studies import fine_tuning as study
+from studies.biases import write_with_biases
+from studies.comparison import Comparison, Text, Texts
+from studies.fine_tuning import Tuning, curves, learned, name_dense, read_training, recipe_of
+from studies.lines import lines_of, shown
 from studies.methods import SHORTGPT
+from studies.spec import load_spec
+from studies.variants import DENSE, Variant
+from studies.words import verdict
 from tasks import sample_pool
 from tasks.corpus.documents import Document, write_documents
 from tasks.params import Recovery
@@ -40,7 +42,7 @@ RECOVERY = Recovery(
 RECIPE = recipe_of(RECOVERY, 4 * 2 * 16)
 WAYS = (("nirvana", "none"), ("random", "least_squares"), ("flap", "bias"), (SHORTGPT, "none"))
 WHOLE = (DENSE, "none")
-SETTINGS = Settings(ways=WAYS, ratio=RATIO)
+SPEC = load_spec("fine_tuning")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,16 @@ def model_directory(tmp_path_factory):
 
 def made(model_directory, recipe=RECIPE, training=4):
     texts = Texts(*(Text(random_ids(6, 16, seed)) for seed in range(4)))
-    return FineTuning(model_directory, texts, Text(random_ids(5, 16, training)), recipe, round_to=1)
+    comparison = Comparison(model_directory, texts, round_to=1)
+    return Tuning(comparison, Text(random_ids(5, 16, training)), recipe, torch.device("cpu"))
+
+
+def variant(name, compensation="none", ratio=RATIO):
+    return Variant(name, 0.0 if name == DENSE else ratio, compensation)
+
+
+def measure(tuning, ways):
+    return [tuning.comparison.dense(), *(tuning.tuned(variant(*way)) for way in ways)]
 
 
 @pytest.fixture
@@ -94,11 +105,11 @@ def test_a_row_is_that_of_the_checkpoint_before_and_of_the_merged_one_after(name
         original(checkpoint, adapter, directory)
         for when, place in (("before", checkpoint), ("after", directory)):
             model = load_model(place)
-            judged[when] = losses_by_hand(model, tuning.texts.evaluation.ids)
-            judged[f"{when} heldout"] = losses_by_hand(model, tuning.texts.heldout.ids)
+            judged[when] = losses_by_hand(model, tuning.comparison.texts.evaluation.ids)
+            judged[f"{when} heldout"] = losses_by_hand(model, tuning.comparison.texts.heldout.ids)
 
     monkeypatch.setattr(study, "merge", merge)
-    row = tuning.tuned(name, RATIO, compensation)
+    row = tuning.tuned(variant(name, compensation))
     assert row["before"] == pytest.approx(judged["before"], rel=1e-5)
     assert row["after"] == pytest.approx(judged["after"], rel=1e-4)
     curve = [point["heldout_loss"] for point in row["curve"]]
@@ -106,27 +117,28 @@ def test_a_row_is_that_of_the_checkpoint_before_and_of_the_merged_one_after(name
     assert [curve[0], curve[-1]] == pytest.approx(means, rel=1e-4) and curve[0] != curve[-1]
     assert [point["tokens"] for point in row["curve"]] == [0, 32, 64, 96, 128]
     assert row["dense_heldout_loss"] == pytest.approx(
-        sum(losses_by_hand(load_model(tuning.model_directory), tuning.texts.heldout.ids)) / 6, rel=1e-5
+        sum(losses_by_hand(load_model(tuning.comparison.model_directory), tuning.comparison.texts.heldout.ids)) / 6,
+        rel=1e-5,
     )
     assert row["achieved_ratio"] == pytest.approx(RATIO, abs=0.01) and row["seconds_a_step"] > 0
 
 
 def test_before_training_a_row_is_the_comparisons(tuning):
-    rows = measure(tuning, SETTINGS)
-    assert rows[0]["losses"] == tuning.dense()["losses"]
+    rows = measure(tuning, WAYS)
+    assert rows[0]["losses"] == tuning.comparison.dense()["losses"]
     for (name, compensation), row in zip(WAYS, rows[1:], strict=True):
-        assert row["before"] == pytest.approx(tuning.row(name, RATIO, compensation)["losses"], rel=1e-5)
+        assert row["before"] == pytest.approx(tuning.comparison.row(variant(name, compensation))["losses"], rel=1e-5)
     assert not list(tuning_folder().glob(".*tmp")) and not list(tuning_folder().glob("*.states"))
 
 
 def test_the_dense_model_is_trained_on_the_same(tuning, batches):
-    untrained, whole, pruned = measure(tuning, Settings(ways=(WHOLE, WAYS[0]), ratio=RATIO))
+    untrained, whole, pruned = measure(tuning, (WHOLE, WAYS[0]))
     assert whole["before"] == pytest.approx(untrained["losses"], rel=1e-5) and whole["achieved_ratio"] == 0
     assert (whole["method"], whole["ratio"], pruned["ratio"]) == (DENSE, 0.0, RATIO)
     assert whole["after"] != pytest.approx(whole["before"], rel=1e-3)
     of_model = [[ids for model, ids in batches if model == number] for number in (1, 2)]
     assert of_model[0] == of_model[1] and len(of_model[0]) == RECIPE.steps
-    assert (tuning.model_directory / "model.safetensors").exists()
+    assert (tuning.comparison.model_directory / "model.safetensors").exists()
 
 
 def tuning_folder():
@@ -136,12 +148,12 @@ def tuning_folder():
 def test_training_lowers_the_loss_on_what_is_trained_on(model_directory, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tuning = made(model_directory, recipe_of(RECOVERY, 40 * 32))
-    first, *_, last = (point["training_loss"] for point in tuning.tuned("random", RATIO)["curve"][1:])
+    first, *_, last = (point["training_loss"] for point in tuning.tuned(variant("random"))["curve"][1:])
     assert last < first - 0.5
 
 
 def test_every_method_reads_the_same_rows_in_the_same_order(tuning, batches):
-    measure(tuning, SETTINGS)
+    measure(tuning, WAYS)
     of_model = [[ids for model, ids in batches if model == number] for number in (1, 2, 3, 4)]
     assert all(each == of_model[0] for each in of_model) and len(of_model[0]) == RECIPE.steps == 4
     rows = [row for batch in of_model[0] for row in batch]
@@ -154,7 +166,7 @@ def test_every_method_reads_the_same_rows_in_the_same_order(tuning, batches):
 
 def test_a_killed_run_goes_on_and_a_second_run_trains_nothing(tuning, model_directory, batches, monkeypatch):
     uninterrupted = [
-        {key: value for key, value in row.items() if not key.endswith("_step")} for row in measure(tuning, SETTINGS)
+        {key: value for key, value in row.items() if not key.endswith("_step")} for row in measure(tuning, WAYS)
     ]
     assert len(batches) == 4 * 4
     for file in tuning_folder().rglob("*"):
@@ -170,25 +182,25 @@ def test_a_killed_run_goes_on_and_a_second_run_trains_nothing(tuning, model_dire
 
     monkeypatch.setattr(recovery, "learning_rate_at", dies)
     with pytest.raises(KeyboardInterrupt):
-        measure(tuning, SETTINGS)
+        measure(tuning, WAYS)
     assert len(list(tuning_folder().glob("*.json"))) == 1 and len(list(tuning_folder().glob("*.states/*"))) == 1
     batches.clear()
     monkeypatch.setattr(recovery, "learning_rate_at", original)
-    rows = measure(made(model_directory), SETTINGS)
+    rows = measure(made(model_directory), WAYS)
     assert len(batches) == 2 + 4 + 4  # the second model's steps 3 and 4, the others' all
     assert [{key: row[key] for key in kept} for row, kept in zip(rows, uninterrupted, strict=True)] == uninterrupted
     assert not list(tuning_folder().glob("*.states"))
     batches.clear()
     last = made(model_directory)
-    assert measure(last, SETTINGS) == rows and batches == []
-    assert "stack" not in vars(last)  # nothing was opened
+    assert measure(last, WAYS) == rows and batches == []
+    assert "stack" not in vars(last.comparison)  # nothing was opened
 
 
 @pytest.mark.parametrize("changed", [{"recipe": recipe_of(RECOVERY, 64)}, {"training": 5}])
 def test_another_recipe_or_text_is_trained_anew(changed, tuning, model_directory, batches):
-    tuning.tuned("random", RATIO)
+    tuning.tuned(variant("random"))
     batches.clear()
-    made(model_directory, **changed).tuned("random", RATIO)
+    made(model_directory, **changed).tuned(variant("random"))
     assert batches
 
 
@@ -200,7 +212,7 @@ def test_the_recipe_is_the_pipelines_but_for_the_dense_models_word():
     expected = {"rank": 4, "alpha": 8, "learning_rate": 0.01, "distillation": 0.0, "steps": 100, "curve_every": 13 * 32}
     assert {name: getattr(recipe, name) for name in expected} == expected and isinstance(recipe, Recipe)
     assert recipe_of(RECOVERY, 12 * 32).curve_every == 2 * 32  # six points, not twelve
-    assert study.TOKENS == Settings().tokens == 24 * 1024
+    assert SPEC.values(False, {})["training_tokens"] == 24 * 1024
 
 
 def test_training_text_is_of_the_calibration_split(model_directory, tmp_path):
@@ -223,25 +235,23 @@ def test_training_text_is_of_the_calibration_split(model_directory, tmp_path):
 def test_a_bias_that_the_family_cannot_have_is_refused(tmp_path):
     save_family("mistral", tmp_path / "model")
     with pytest.raises(InputError, match=r"bias: expected a model of Llama's configuration, .* got mistral"):
-        study.write_with_biases(tmp_path / "model", {}, tmp_path / "target")
+        write_with_biases(tmp_path / "model", {}, tmp_path / "target")
     assert not (tmp_path / "target").exists()
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("way", "message"),
     [
-        ({"ways": (("flop", "none"),)}, "expected some of nirvana, fisher, .*, got 'flop'"),
-        ({"ways": (("slicegpt", "none"),)}, "expected some that remove units, got slicegpt"),
-        ({"ways": (("flap", "mean"),)}, "flap: expected compensation none or bias or least_squares, got mean"),
-        ({"ways": ((SHORTGPT, "least_squares"),)}, "shortgpt: expected compensation none, got least_squares"),
-        ({"ways": ((DENSE, "bias"),)}, "dense: expected compensation none, got bias"),
-        ({"ways": (WHOLE,)}, "--methods: expected a method that prunes, got none"),
-        ({"ratio": 1.5}, "ratio: expected a number between 0 and 1, got 1.5"),
+        (("flop", "none"), "expected some of nirvana, fisher, .*, got 'flop'"),
+        (("slicegpt", "none"), "expected a method that has a checkpoint, got slicegpt"),
+        (("flap", "mean"), "flap: expected compensation none or bias or least_squares, got mean"),
+        ((SHORTGPT, "least_squares"), "shortgpt: expected compensation none, got least_squares"),
+        ((DENSE, "bias"), "dense: expected compensation none, got bias"),
     ],
 )
-def test_what_cannot_be_is_one_line(changed, message):
+def test_what_cannot_be_is_one_line(way, message, tuning):
     with pytest.raises(InputError, match=message) as raised:
-        check(Settings(**changed))
+        tuning.tuned(variant(*way))
     assert "\n" not in str(raised.value)
 
 
@@ -249,11 +259,6 @@ def test_too_few_tokens_are_one_line():
     with pytest.raises(InputError, match=r"--training-tokens: expected 32 or more, .* got 31; ask for more") as raised:
         recipe_of(RECOVERY, 31)
     assert "\n" not in str(raised.value)
-
-
-def test_the_reference_is_ours_where_it_takes_part():
-    assert Settings().reference == BEST
-    assert SETTINGS.reference == Settings(ways=(WHOLE, *WAYS)).reference == ("nirvana", "none")
 
 
 # --- tables and picture ---------------------------------------------------------------------------------------
@@ -264,11 +269,11 @@ def made_row(method, before, after, compensation="none", curve=(3.0, 2.5)):
               for n, loss in enumerate(curve)]  # fmt: skip
     found = {"method": method, "ratio": 0.4, "compensation": compensation, "achieved_ratio": 0.401}
     found |= {"adapter_parameters": 7, "curve": points, "dense_heldout_loss": 1.5, "seconds_a_step": 2.0}
-    return found | {"before": before, "after": after}
+    return found | {"before": before, "after": after, "trained": True, "tokens": points[-1]["tokens"]}
 
 
 ROWS = [
-    {"method": "dense", "losses": [1.0, 2.0]},
+    {"method": "dense", "ratio": 0.0, "compensation": "none", "trained": False, "before": [1.0, 2.0]},
     made_row("nirvana", [4.0, 6.0], [3.0, 3.5], curve=(5.0, 3.1)),
     made_row("fisher", [2.0, 4.0], [1.5, 3.0], "least_squares"),
     made_row("flap", [1.0, 5.0], [1.5, 2.5], curve=(3.2, 2.4)),
@@ -276,84 +281,52 @@ ROWS = [
 ]
 
 
-def test_tables_by_hand(tmp_path):
-    dense, lines = summary(ROWS, BEST)
-    assert (dense.evaluation, dense.heldout) == (1.5, 1.5)
-    by_name = {line.method: line for line in lines}
+def summary(rows):
+    return list(name_dense(lines_of(rows, SPEC.tables[0]), rows, {}))
+
+
+def interval(line, name):
+    return tuple(line[f"{name}{end}"] for end in ("", "_low", "_high"))
+
+
+def test_lines_by_hand():
+    dense, *found = summary(ROWS)
+    assert dense["before"] == 1.5 and dense.get("after") is None
+    by_name = {line["method"]: line for line in found}
     # two windows: a resampled mean is one of the two differences or halfway, each end of the interval a difference
-    assert by_name["nirvana"].above_before == (2.0, 2.0, 2.0)
-    assert by_name["nirvana"].above_after == (1.0, 0.5, 1.5)
-    assert by_name["nirvana"].gain == (1.75, 1.0, 2.5)
-    assert by_name["flap"].above_before == (0.0, -1.0, 1.0)
-    assert by_name["flap"].above_after == (-0.25, -0.5, 0.0)
-    assert by_name["wanda_sp"].gain == (-0.25, -1.0, 0.5)
-    assert by_name["fisher"].above_after == (0.0, 0.0, 0.0) and by_name["fisher"].gain == (0.75, 0.5, 1.0)
-    shown = table(dense, lines, BEST)
-    assert [row[0] for row in shown] == ["model", "dense", "FLAP", "mask Fisher + LS", "NIRVANA", "Wanda-sp"]
-    assert shown[4][1:] == ["5.000", "3.250", "+1.750", "+2.00 [+2.00, +2.00]", "+1.00 [+0.50, +1.50]"]
-    assert shown[1][1:3] == ["1.500", ""] and shown[3][-2:] == ["the reference", ""]
-    files = write_tables(dense, lines, tmp_path / "fine_tuning.csv")
-    assert [file.name for file in files] == ["fine_tuning.csv", "fine_tuning_curves.csv"]
-    with files[0].open() as opened:
-        first, *_, last = csv.DictReader(opened)
-    assert (first["tokens"], first["above_after_low"], first["gain"]) == ("32", "0.5", "1.75")
-    assert (last["method"], last["before"], last["after"]) == ("dense", "1.5", "")
-    with files[1].open() as opened:
-        points = list(csv.DictReader(opened))
-    assert len(points) == 9 and points[1] == {
-        "model": "NIRVANA", "tokens": "32", "training_loss": "3.1", "heldout_loss": "3.1"
-    }  # fmt: skip
+    assert interval(by_name["nirvana"], "above_before") == (2.0, 2.0, 2.0)
+    assert interval(by_name["nirvana"], "above_after") == (1.0, 0.5, 1.5)
+    assert interval(by_name["nirvana"], "gain") == (1.75, 1.0, 2.5)
+    assert interval(by_name["flap"], "above_before") == (0.0, -1.0, 1.0)
+    assert interval(by_name["flap"], "above_after") == (-0.25, -0.5, 0.0)
+    assert interval(by_name["wanda_sp"], "gain") == (-0.25, -1.0, 0.5)
+    assert interval(by_name["fisher"], "above_after") == (0.0, 0.0, 0.0)
+    assert interval(by_name["fisher"], "gain") == (0.75, 0.5, 1.0)
+    ((_, rows),) = shown([dense, *found], SPEC.tables[0]).items()
+    assert rows[2][1:] == ["5.000", "3.250", "+1.750", "+2.00 [+2.00, +2.00]", "+1.00 [+0.50, +1.50]"]
+    assert rows[3][-2:] == ["the reference"] * 2
+    points = curves(ROWS, {})
+    assert len(points) == 9 and (points[1]["model"], points[1]["tokens"], points[1]["heldout_loss"]) == (
+        "NIRVANA",
+        32,
+        3.1,
+    )
 
 
-def test_verdict():
-    dense, lines = summary(ROWS, BEST)
-    first, second, third = verdict(dense, lines, BEST)
-    assert first.startswith("Ratio 0.4, 32 tokens: mask Fisher + LS goes from loss 3.000 to 2.250 (dense 1.500)")
-    standing = "surely better (95 %) than 2 of 3 others, not surely apart from FLAP"
-    assert first.endswith(f"; before training it is {standing}; after training {standing}.")
-    assert second.startswith("Surely learn (95 %): 2 of 4 pruned models; NIRVANA gains most (+1.750 nats")
-    assert "Wanda-sp least (-0.250)" in second and "one training run" in third
-    alone = verdict(*summary(ROWS[:2], ("nirvana", "none")), ("nirvana", "none"))
-    assert alone[0].endswith("to 3.250 (dense 1.500).") and alone[1] == "Surely learn (95 %): 1 of 1 pruned models."
-
-
-def test_the_dense_model_is_no_rival(tmp_path):
+def test_the_dense_model_is_no_rival():
     whole = made_row(DENSE, [1.0, 2.0], [0.5, 1.5], curve=(1.5, 1.0)) | {"ratio": 0.0}
-    dense, lines = summary([ROWS[0], whole, *ROWS[1:]], BEST)
-    assert [row[:3] for row in table(dense, lines, BEST)[1:3]] == [
-        ["dense", "1.500", ""], ["fine-tuned dense", "1.500", "1.000"]
-    ]  # fmt: skip
-    first, second, _ = verdict(dense, lines, BEST)
-    assert first == verdict(*summary(ROWS, BEST), BEST)[0] and first.startswith("Ratio 0.4")
-    assert "2 of 4 pruned models" in second and second.endswith("; the dense model +0.500 by the same training.")
-    _, svg = draw(dense, lines, BEST, tmp_path / "fine_tuning.png")
-    assert "fine-tuned dense" in svg.read_text() and "Learning curves at ratio 0.4" in svg.read_text()
-
-
-def test_series_are_stepped_by_tokens():
-    found = series(summary(ROWS, BEST)[1])
-    assert list(found) == ["NIRVANA", "mask Fisher + LS", "FLAP", "Wanda-sp"]
-    by_metric = {each.metric: each.points for each in found["NIRVANA"]}
-    assert by_metric["heldout_loss"] == [(0, 5.0), (32, 3.1)] and by_metric["training_loss"] == [(32, 3.1)]
-    assert by_metric["evaluation_loss"] == [(0, 5.0), (32, 3.25)]
+    found = summary([ROWS[0], whole, *ROWS[1:]])
+    assert [line["called"] for line in found[:2]] == ["dense", "fine-tuned dense"]
+    (sentence,) = verdict(found, SPEC.verdict[1])
+    assert "significantly better (95 %) than 2 of 3 others, not significantly apart from FLAP" in sentence
+    told, runs = learned({"": found}, ROWS, {})
+    assert told.startswith("2 of 4 pruned models learn significantly") and "NIRVANA gains most (+1.750" in told
+    assert told.endswith("; the dense model +0.500 by the same training.") and "one training run" in runs
 
 
 def test_what_is_recorded_names_recipe_and_text(tuning):
-    found = described(tuning)
+    found = tuning.described()
     assert found["recipe"]["tokens"] == 128 and found["training"]["sequences_and_tokens"] == [5, 16]
-
-
-@pytest.mark.parametrize("count", [5, 2])
-def test_picture(count, tmp_path):
-    reference = BEST if count == 5 else ("nirvana", "none")
-    dense, lines = summary(ROWS[:count], reference)
-    png, svg = draw(dense, lines, reference, tmp_path / "fine_tuning.png")
-    assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 20_000
-    text = svg.read_text()
-    assert "NIRVANA" in text and "dense" in text and ("Wanda-sp" in text) == (count == 5)
-    first = svg.read_bytes()
-    draw(dense, lines, reference, tmp_path / "fine_tuning.png")
-    assert svg.read_bytes() == first
 
 
 def test_an_encoder_decoder_is_refused(tmp_path, monkeypatch):
@@ -361,5 +334,5 @@ def test_an_encoder_decoder_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="expected a decoder-only model, got t5"):
-        made(tiny_t5(tmp_path / "t5")).tuned("nirvana", RATIO)
+        made(tiny_t5(tmp_path / "t5")).tuned(variant("nirvana"))
     assert not list(tmp_path.rglob("*.states"))

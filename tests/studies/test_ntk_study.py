@@ -1,6 +1,5 @@
 """The kernel study: K as defined, of exactly the weights that pruning may remove, and no part computed twice."""
 
-import csv
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,19 +10,16 @@ from tiny import random_ids, random_keep, tiny_llama, tiny_recipe
 
 from nirvana.errors import InputError
 from nirvana.loading import load_model
-from nirvana.methods import Scoring
 from nirvana.plan import Plan
 from nirvana.saliency import channel_saliency
 from nirvana.surgery import prune
 from nirvana.walk import Stack
 from nirvana.weights import model_digest
-from studies import store, tiny_model
-from studies.ntk import run as ntk_run
-from studies.ntk import study as ntk
-from studies.ntk.plot import draw
-from studies.ntk.summary import by_seed, curve_table, kernel_table, series, spread, verdict, write_tables
+from studies import ntk, store, tiny_model
+from studies.spec import load_spec
 from studies.store import cached
 from studies.tracking import record_study
+from studies.words import series_of
 
 RECIPE = tiny_recipe(steps=6)
 SETTINGS = ntk.Settings(
@@ -34,7 +30,9 @@ SETTINGS = ntk.Settings(
     calibration_sequences=4,
     loss_sequences=4,
     finetuned_ratio=0.5,
+    gamma=3.36,
     finetuning_steps=4,
+    finetuning_rate=1e-3,
     curve_every=2,
 )
 
@@ -125,28 +123,7 @@ def test_relative_change_and_alignment():
     assert ntk.alignment(torch.tensor([[4.0, 0.0], [0.0, -3.0]]), dense) == pytest.approx(0, abs=1e-7)
 
 
-# --- who goes -------------------------------------------------------------------------------------------------
-
-
-def test_magnitude_sums_what_a_unit_owns(model_directory):
-    stack = Stack.open(model_directory)
-    scores = ntk.magnitude_scores(stack, random_ids(1, 4), Scoring())
-    weight = {name: stack.parameter(name).abs() for name in stack.architecture.layer_parameters(1)}
-    mlp, attention = "model.layers.1.mlp.", "model.layers.1.self_attn."
-    neuron = sum(weight[f"{mlp}{name}_proj.weight"][5].sum() for name in ("gate", "up"))
-    neuron += weight[f"{mlp}down_proj.weight"][:, 5].sum()
-    assert float(scores["layers.1.mlp_neuron"][5]) == pytest.approx(float(neuron), rel=1e-5)
-    # the second of two groups: query heads 2 and 3 of width 8, key and value head 1
-    group = weight[f"{attention}q_proj.weight"][16:].sum() + weight[f"{attention}o_proj.weight"][:, 16:].sum()
-    group += sum(weight[f"{attention}{name}_proj.weight"][8:].sum() for name in ("k", "v"))
-    assert float(scores["layers.1.kv_group"][1]) == pytest.approx(float(group), rel=1e-5)
-
-
-def test_random_scores_follow_the_seed(model_directory):
-    stack, ids = Stack.open(model_directory), random_ids(1, 4)
-    first, again, other = (ntk.random_scores(stack, ids, Scoring(seed=seed)) for seed in (1, 1, 2))
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not any(torch.equal(first[name], other[name]) for name in first)
+# --- what is left ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ntk.METHODS)
@@ -223,7 +200,7 @@ def test_an_edit_of_the_code_is_another_key(tmp_path, monkeypatch):
 def test_a_killed_study_goes_on_where_it_was(corpus, monkeypatch):
     settings = replace(SETTINGS, ratios=(0.2, 0.3, 0.4, 0.5))
     measured = []
-    original = ntk.Subject.kernel_row
+    original = ntk.Trained.kernel_row
 
     def dies_at_the_third(subject, method, ratio):
         if len(measured) == 2:
@@ -231,13 +208,13 @@ def test_a_killed_study_goes_on_where_it_was(corpus, monkeypatch):
         measured.append(ratio)
         return original(subject, method, ratio)
 
-    monkeypatch.setattr(ntk.Subject, "kernel_row", dies_at_the_third)
+    monkeypatch.setattr(ntk.Trained, "kernel_row", dies_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         ntk.kernel_rows(settings, 0, corpus, "nirvana")
     first, measured = measured, []
     ntk.subject_of.cache_clear()  # as in another process
     monkeypatch.setattr(tiny_model, "train", lambda *_: pytest.fail("trained again"))
-    monkeypatch.setattr(ntk.Subject, "kernel_row", lambda s, m, r: measured.append(r) or original(s, m, r))
+    monkeypatch.setattr(ntk.Trained, "kernel_row", lambda s, m, r: measured.append(r) or original(s, m, r))
     rows = ntk.kernel_rows(settings, 0, corpus, "nirvana")
     assert (first, measured) == ([0.2, 0.3], [0.4, 0.5])
     assert [row["ratio"] for row in rows] == [0.2, 0.3, 0.4, 0.5]
@@ -252,9 +229,9 @@ def test_a_corpus_that_is_too_small_is_named(corpus):
 # --- all of it ------------------------------------------------------------------------------------------------
 
 
-def test_the_study_from_text_to_picture(corpus, tmp_path):
-    found = ntk_run.measure(SETTINGS, corpus, processes=1)
-    kernels, curves = found["kernels"], found["curves"]
+def test_the_study_from_text_to_means(corpus):
+    rows = ntk.measured(SETTINGS, corpus, processes=1)
+    kernels, curves = ntk.kernels(rows, {}), ntk.of_kind(rows, "curve")
     assert {(row["seed"], row["method"], row["ratio"]) for row in kernels} == {
         (seed, method, ratio) for seed in (0, 1) for method in ntk.METHODS for ratio in (0.2, 0.5)
     }
@@ -262,32 +239,16 @@ def test_the_study_from_text_to_picture(corpus, tmp_path):
         (seed, method) for seed in (0, 1) for method in ("dense", *ntk.METHODS)
     ]
     assert all(np.isfinite(row["relative_change"]) and row["relative_change"] > 0 for row in kernels)
-    assert len({model["loss"] for model in found["models"]}) == 2  # two models, not one twice
-    sentences = verdict(kernels, curves, 0.5)
-    assert len(sentences) == 2
-
-    png, svg = draw(kernels, curves, 0.5, tmp_path / "reports/ntk.png")
-    assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 20_000
-    assert all(word in svg.read_text() for word in ("NIRVANA", "magnitude", "random", "over 2 models"))
-    table, points = write_tables(kernels, curves, tmp_path / "reports/ntk.csv")
-    with table.open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 12 and float(rows[0]["relative_change"]) == kernels[0]["relative_change"]
-    assert len(points.read_text().splitlines()) == 1 + 2 * 4 * 3
-    assert sorted(file.name for file in png.parent.iterdir()) == [
-        "ntk.csv",
-        "ntk.png",
-        "ntk.svg",
-        "ntk_finetuning.csv",
-    ]
+    assert len(ntk.points(rows, {})) == 2 * 4 * 3 and len(ntk.kernel_means(rows, {})) == 3 * 2
+    assert len(ntk.verdict({}, rows, {})) == 2
 
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_does(corpus, tmp_path):
-    alone = ntk_run.measure(SETTINGS, corpus, processes=1)
+    alone = ntk.measured(SETTINGS, corpus, processes=1)
     for file in (tmp_path / ".cache/studies/ntk").glob("*.json"):
         file.unlink()
-    assert ntk_run.measure(SETTINGS, corpus, processes=2) == alone
+    assert ntk.measured(SETTINGS, corpus, processes=2) == alone
 
 
 @pytest.mark.slow
@@ -296,16 +257,17 @@ def test_a_study_is_recorded_once_with_its_children(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    kernels, curves = _made_up(nirvana=0.1, magnitude=0.2, random=0.3)
+    rows = _made_up(nirvana=0.1, magnitude=0.2, random=0.3)
+    lines, spec = ntk.kernel_means(rows, {}), load_spec("ntk")
     (tmp_path / "ntk.csv").write_text("method\n")
-    asked = ({"gamma": 3.36, "recipe": {"hidden": 64}}, series(kernels, curves), [Path("ntk.csv")], "held")
+    asked = ({"gamma": 3.36, "recipe": {"hidden": 64}}, series_of(lines, spec.series[0]), [Path("ntk.csv")], "held")
     parent = record_study("ntk", *asked)
     assert record_study("ntk", *asked) == parent
     with open_store() as (client, experiment):
         assert client.get_run(parent).data.params == {"gamma": "3.36", "recipe.hidden": "64"}
         children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
         assert sorted(child.info.run_name for child in children) == [
-            f"ntk: {method}" for method in ("dense", "magnitude", "nirvana", "random")
+            f"ntk: {method}" for method in ("magnitude", "nirvana", "random")
         ]
         (ours,) = [child for child in children if child.info.run_name == "ntk: nirvana"]
         history = client.get_metric_history(ours.info.run_id, "relative_change_by_ratio_percent")
@@ -319,6 +281,7 @@ def _made_up(**change: float):
     """Two seeds and two ratios; a method's kernel change is also what its curve ends above the dense one's."""
     kernels = [
         {
+            "kind": "kernel",
             "seed": seed,
             "method": method,
             "ratio": ratio,
@@ -331,42 +294,23 @@ def _made_up(**change: float):
         for ratio in (0.2, 0.5)
     ]
     curves = [
-        {"seed": seed, "method": method, "steps": [0, 5], "losses": [4.0, 3 + value]}
+        {"kind": "curve", "seed": seed, "method": method, "steps": [0, 5], "losses": [4.0, 3 + value]}
         for seed in (0, 1)
         for method, value in {"dense": 0.0, **change}.items()
     ]
-    return kernels, curves
+    return [*kernels, *curves]
 
 
-def test_spread_is_that_of_a_sample():
-    assert spread(np.array([1.0, 3.0])) == (2, pytest.approx(2**0.5))
-    assert spread(np.array([1.0])) == (1, 0)
+def test_means_are_over_seeds_with_the_deviation_of_a_sample():
+    first = ntk.kernel_means(_made_up(nirvana=0.1, magnitude=0.2, random=0.3), {})[0]
+    assert (first["method"], first["ratio"], first["models"]) == ("nirvana", 0.2, 2)
+    assert first["relative_change"] == pytest.approx(0.1)
+    assert first["relative_change_deviation"] == pytest.approx(0.01 / np.sqrt(2))
+    last = ntk.curve_means(_made_up(nirvana=0.1, magnitude=0.2, random=0.3), {})[-1]
+    assert (last["method"], last["step"], last["above_dense"]) == ("random", 5, pytest.approx(0.3))
 
 
-def test_by_seed_keeps_the_order_whatever_the_rows_have():
-    kernels, _ = _made_up(nirvana=0.1)
-    assert by_seed(kernels[::-1], "relative_change", ratio=0.5) == pytest.approx([0.095, 0.105])
-
-
-def test_the_verdict_says_that_the_claims_held():
-    kernel, tuning = verdict(*_made_up(nirvana=0.1, magnitude=0.2, random=0.3), ratio=0.5)
-    assert "held, without exception" in kernel and "Of 2 models, over all 2 ratios" in kernel
-    assert "moved it less than magnitude in 2 and random in 2" in kernel
-    assert "held, without exception" in tuning and "0.100 ± 0.000 below magnitude's" in tuning
-    assert "0.100 ± 0.000 above that of the dense model" in tuning
-
-
-def test_the_verdict_says_that_they_did_not():
-    kernel, tuning = verdict(*_made_up(nirvana=0.25, magnitude=0.2, random=0.3), ratio=0.5)
-    assert "did not hold" in kernel and "magnitude in 0 and random in 2" in kernel
-    assert "did not hold" in tuning and "-0.050 ± 0.000 below magnitude's" in tuning
-
-
-def test_tables_have_a_row_a_ratio_and_a_method():
-    kernels, curves = _made_up(nirvana=0.1, magnitude=0.2, random=0.3)
-    assert kernel_table(kernels)[:2] == [
-        ["ratio", "nirvana", "magnitude", "random"],
-        ["0.2", "0.100 ± 0.007", "0.200 ± 0.007", "0.300 ± 0.007"],
-    ]
-    assert curve_table(curves)[1] == ["dense", "4.000 ± 0.000", "3.000 ± 0.000"]
-    assert [row[0] for row in curve_table(curves)[1:]] == ["dense", "nirvana", "magnitude", "random"]
+@pytest.mark.parametrize(("nirvana", "wins", "claim"), [(0.1, 2, "held, without exception"), (0.25, 0, "did not hold")])
+def test_the_verdict_counts_models(nirvana, wins, claim):
+    for sentence in ntk.verdict({}, _made_up(nirvana=nirvana, magnitude=0.2, random=0.3), {}):
+        assert f"magnitude in {wins}" in sentence and "random in 2" in sentence and claim in sentence

@@ -1,7 +1,7 @@
 """The quantisation study: rounding and bytes by hand, cells against models built by hand, nothing computed twice."""
 
-import csv
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,34 +11,43 @@ from torch import nn
 
 from nirvana.compensation import compensate
 from nirvana.errors import InputError
-from nirvana.files import write_json
 from nirvana.loading import load_model
 from nirvana.plan import Plan
 from nirvana.surgery import prune
 from nirvana.walk import Stack, final_hidden_states
 from nirvana.weights import model_digest
-from studies.comparison import DENSE, Text, Texts
-from studies.quantised import study
-from studies.quantised.plot import draw
-from studies.quantised.study import (
-    Quantised,
-    Settings,
+from studies import comparison as judging
+from studies.comparison import Comparison, Text, Texts
+from studies.lines import lines_of
+from studies.measure import rows as rows_of
+from studies.quantised import mark_front, sums, verdict
+from studies.rounding import (
+    PRECISIONS,
+    STORED,
+    Precision,
     block_matrices,
-    measure,
+    quantised_bytes,
     quantised_hidden_states,
+    round_trip,
     stored_bytes,
 )
-from studies.quantised.summary import cell_table, cells, series, sum_table, sums, verdict, write_tables
-from studies.quantised.weights import PRECISIONS, STORED, Precision, quantised_bytes, round_trip
+from studies.spec import load_spec
+from studies.subject import Asked
+from studies.variants import DENSE, Variant
 
 RATIO = 0.4
 INT8, INT4 = PRECISIONS["int8"], PRECISIONS["int4"]
-SETTINGS = Settings(ways=(("nirvana", "none"), ("random", "least_squares")), ratios=(0.3, 0.5))
+SPEC = load_spec("quantised")
+SETTINGS = {"ways": ["nirvana", "random+least_squares"], "ratios": [0.3, 0.5]}
 
 
 @pytest.fixture(scope="module")
 def model_directory(tmp_path_factory):
     return tiny_llama(tmp_path_factory.mktemp("quantised") / "model", intermediate_size=256)
+
+
+def measure(comparison, values):
+    return rows_of(SimpleNamespace(comparison=comparison, asked=Asked(), notes=[], parameters={}), SPEC, values)
 
 
 def texts():
@@ -49,7 +58,7 @@ def texts():
 def quantised(model_directory, tmp_path, monkeypatch):
     """Its cache goes beside the test."""
     monkeypatch.chdir(tmp_path)
-    return Quantised(model_directory, texts(), round_to=1)
+    return Comparison(model_directory, texts(), round_to=1)
 
 
 # --- rounding -------------------------------------------------------------------------------------------------
@@ -139,7 +148,7 @@ def rounded(model, precision):
 
 @pytest.mark.parametrize("precision", [STORED, *PRECISIONS])
 def test_a_cell_is_the_pruned_and_rounded_model(precision, quantised, model_directory, tmp_path):
-    keep, _ = quantised.keep("nirvana", RATIO)
+    keep = quantised.keep(Variant("nirvana", RATIO))
     plan = Plan.build(
         Stack.open(model_directory).architecture.sites(),
         keep,
@@ -150,23 +159,15 @@ def test_a_cell_is_the_pruned_and_rounded_model(precision, quantised, model_dire
     )
     prune(model_directory, plan, tmp_path / "pruned")
     for name, ratio, directory in (("nirvana", RATIO, tmp_path / "pruned"), (DENSE, 0.0, model_directory)):
-        found = quantised.cell(name, ratio, "none", precision)
+        found = quantised.row(Variant(name, ratio, precision=precision))
         model = load_model(directory)
         model = rounded(model, PRECISIONS[precision]) if precision != STORED else model
         expected = expected_cell(load_model(model_directory), model, quantised.texts)
         assert {key: found[key] for key in expected} == expected
 
 
-def test_as_stored_is_what_a_pruned_model_computes(quantised):
-    keep, _ = quantised.keep("random", RATIO)
-    ids = quantised.texts.evaluation.ids
-    updates = dict(compensate(quantised.stack, keep, quantised.texts.compensation.ids))
-    expected = final_hidden_states(quantised.stack, ids, keep, updates)
-    assert torch.equal(quantised_hidden_states(quantised.stack, keep, ids, updates, None), expected)
-
-
 def test_what_compensation_solved_for_is_rounded_too(quantised):
-    keep, _ = quantised.keep("random", RATIO)
+    keep = quantised.keep(Variant("random", RATIO))
     ids = quantised.texts.evaluation.ids
     updates = dict(compensate(quantised.stack, keep, quantised.texts.compensation.ids))
     matrices = block_matrices(quantised.stack.architecture.sites())
@@ -174,7 +175,7 @@ def test_what_compensation_solved_for_is_rounded_too(quantised):
     found = [quantised_hidden_states(quantised.stack, keep, ids, each, INT4) for each in (updates, twice)]
     # nearly: a matrix that was rounded once has its largest weight where float16 puts it
     assert torch.allclose(*found, atol=0.02, rtol=0.02)
-    plain = quantised_hidden_states(quantised.stack, keep, ids, updates, None)
+    plain = final_hidden_states(quantised.stack, ids, keep, updates)
     assert not torch.allclose(found[0], plain, atol=0.02, rtol=0.02)
 
 
@@ -183,8 +184,7 @@ def test_other_layouts_are_rounded(family, tmp_path):
     stack = Stack.open(save_family(family, tmp_path))
     sites, ids = stack.architecture.sites(), random_ids(2, 8)
     keep = {site.name: np.arange(site.units) for site in sites}
-    plain, coarse = (quantised_hidden_states(stack, keep, ids, {}, each) for each in (None, INT4))
-    assert torch.equal(plain, final_hidden_states(stack, ids, keep))
+    plain, coarse = final_hidden_states(stack, ids, keep), quantised_hidden_states(stack, keep, ids, {}, INT4)
     assert torch.isfinite(coarse).all() and not torch.allclose(plain, coarse, atol=1e-3)
     shapes = stack.architecture.parameter_shapes
     sizes = [stored_bytes(stack, shapes, each) for each in (None, INT8, INT4)]
@@ -195,7 +195,7 @@ def test_other_layouts_are_rounded(family, tmp_path):
 
 
 def test_a_killed_study_goes_on_and_a_second_run_computes_nothing(quantised, model_directory, monkeypatch):
-    calls, solved, original = [], [], Quantised.judged_by
+    calls, solved, original = [], [], Comparison.judged_by
 
     def dies_at_the_fifth(self, hidden_of):
         if len(calls) == 4:
@@ -203,30 +203,33 @@ def test_a_killed_study_goes_on_and_a_second_run_computes_nothing(quantised, mod
         calls.append(1)
         return original(self, hidden_of)
 
-    monkeypatch.setattr(Quantised, "judged_by", dies_at_the_fifth)
+    monkeypatch.setattr(Comparison, "judged_by", dies_at_the_fifth)
     with pytest.raises(KeyboardInterrupt):
         measure(quantised, SETTINGS)
     calls.clear()
-    monkeypatch.setattr(Quantised, "judged_by", lambda self, of: calls.append(1) or original(self, of))
-    monkeypatch.setattr(study, "compensate", lambda *given: solved.append(1) or compensate(*given))
-    rows = measure(Quantised(model_directory, texts(), round_to=1), SETTINGS)
+    monkeypatch.setattr(Comparison, "judged_by", lambda self, of: calls.append(1) or original(self, of))
+    monkeypatch.setattr(judging, "compensate", lambda *given: solved.append(1) or compensate(*given))
+    rows = measure(Comparison(model_directory, texts(), round_to=1), SETTINGS)
     assert len(rows) == 5 * 3 and len(calls) == 15 - 4
     assert len(solved) == 2  # once a model, not once a precision
     calls.clear()
-    last = Quantised(model_directory, texts(), round_to=1)
+    last = Comparison(model_directory, texts(), round_to=1)
     assert measure(last, SETTINGS) == rows and calls == []
     assert "stack" not in vars(last)  # nothing was opened
 
 
-def test_what_cannot_be_is_one_line(quantised):
-    for ways, message in (
-        ((("flop", "none"),), "expected some of nirvana, fisher, .*, got 'flop'"),
-        ((("shortgpt", "none"),), "got shortgpt, which removes layers"),
-        ((("random", "bias"),), "expected compensation none or least_squares, got bias"),
-    ):
-        with pytest.raises(InputError, match=message) as raised:
-            measure(quantised, Settings(ways=ways, ratios=(RATIO,), precisions=(STORED,)))
-        assert "\n" not in str(raised.value)
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        ("flop", "expected some of nirvana, fisher, .*, got 'flop'"),
+        ("shortgpt", "got shortgpt, which removes none"),
+        ("random+bias", "expected compensation none or least_squares beside a precision, got bias"),
+    ],
+)
+def test_what_cannot_be_is_one_line(way, message, quantised):
+    with pytest.raises(InputError, match=message) as raised:
+        measure(quantised, {"ways": [way], "ratios": [RATIO]})
+    assert "\n" not in str(raised.value)
 
 
 # --- tables and picture ---------------------------------------------------------------------------------------
@@ -248,66 +251,19 @@ ROWS = [
 ]
 
 
-def test_tables_by_hand(tmp_path):
-    lines, found = cells(ROWS), sums(ROWS)
-    assert [line.token_perplexity for line in lines[:2]] == [pytest.approx(math.exp(each)) for each in (1.5, 1.6)]
-    assert lines[1].loss_increase == pytest.approx(0.1) and lines[0].loss_increase == 0
+def test_tables_by_hand():
+    table = SPEC.tables[0]
+    lines, found = mark_front(lines_of(ROWS, table), ROWS, {}), sums(ROWS, {})
+    assert [line["token_perplexity"] for line in lines[:2]] == [pytest.approx(math.exp(each)) for each in (1.5, 1.6)]
+    assert lines[1]["loss_increase"] == pytest.approx(0.1) and lines[0]["loss_increase"] == 0
     # dense int8 beats everything larger; of the two of 80 bytes the better one stays
-    assert [line.on_front for line in lines] == [True, True, False, False, False, True]
+    assert [line["on_front"] for line in lines] == [True, True, False, False, False, True]
     plain, ours = found
-    assert (plain.of_pruning, plain.of_quantising) == (pytest.approx(1.5), pytest.approx(0.1))
-    assert (plain.added, plain.together) == (pytest.approx(1.6), pytest.approx(1.6))
-    assert plain.excess == pytest.approx(0) and plain.low <= plain.excess <= plain.high
+    assert (plain["of_pruning"], plain["of_quantising"]) == (pytest.approx(1.5), pytest.approx(0.1))
+    assert (plain["added"], plain["together"]) == (pytest.approx(1.6), pytest.approx(1.6))
+    assert plain["excess"] == pytest.approx(0) and plain["low"] <= plain["excess"] <= plain["high"]
     # windows: 0.3 − 0.1 and 0.4 − 0.1
-    assert (ours.excess, ours.low, ours.high) == tuple(pytest.approx(each) for each in (0.25, 0.2, 0.3))
-    files = write_tables(lines, found, tmp_path / "quantised.csv")
-    assert [file.name for file in files] == ["quantised.csv", "quantised_sums.csv"]
-    with files[1].open() as opened:
-        assert [float(row["excess"]) for row in csv.DictReader(opened)] == [line.excess for line in found]
-    assert cell_table(lines)[2][:2] == ["dense int8 *", "0.0"]
-    assert sum_table(found)[2][-1] == "+0.250 [+0.200, +0.300]"
-
-
-def test_verdict():
-    first, front = verdict(cells(ROWS), sums(ROWS))
-    assert first.startswith("int8 costs the dense model +0.100 nats a token")
-    assert "in 1 of 2 models" in first
-    assert "surely more than their sum in Fisher + LS 0.4 (+0.250)" in first
-    assert "dense stored" in front and "NIRVANA" not in front
-
-
-def test_series_have_a_child_a_model_and_precision():
-    found = series(cells(ROWS), sums(ROWS))
-    assert list(found)[:2] == ["dense stored", "dense int8"] and len(found) == 6
-    by_metric = {each.metric: each.points for each in found["NIRVANA 0.4 int8"]}
-    assert by_metric["bytes"] == [(40, 80.0)] and "loss_beyond_the_sum" in by_metric
-
-
-def test_picture(tmp_path):
-    png, svg = draw(cells(ROWS), sums(ROWS), tmp_path / "quantised.png")
-    assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 20_000
-    text = svg.read_text()
-    assert all(word in text for word in ("Fisher + LS 0.4", "NIRVANA 0.4 int8", "dense", "as stored"))
-    first = svg.read_bytes()
-    draw(cells(ROWS), sums(ROWS), tmp_path / "quantised.png")
-    assert svg.read_bytes() == first
-
-
-# --- the flow -------------------------------------------------------------------------------------------------
-
-
-def test_texts_of_another_form_are_one_line(tmp_path):
-    from studies.texts import texts_of_ids
-
-    write_json(tmp_path / "calibration_ids.json", {"a": 1})
-    with pytest.raises(InputError, match="expected a list of equally long lists") as raised:
-        texts_of_ids(tmp_path)
-    assert "\n" not in str(raised.value)
-
-
-def test_what_the_command_line_cannot_ask_for_is_one_line():
-    from flows.quantised import main
-
-    with pytest.raises(SystemExit, match=r"--ratios: expected numbers between 0 and 1 such as 0.2,0.4, got 2") as ended:
-        main(ratios="2")
-    assert "\n" not in str(ended.value)
+    assert [ours[name] for name in ("excess", "low", "high")] == [pytest.approx(each) for each in (0.25, 0.2, 0.3)]
+    first, front = verdict({"": lines, "sums": found}, ROWS, {})
+    assert "+0.100 nats" in first and "in 1 of 2" in first and "mask Fisher + LS 0.4 (+0.250)" in first
+    assert "dense 0 stored" in front and "NIRVANA" not in front

@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import random
-from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -19,33 +18,22 @@ from nirvana.plan import Plan
 from nirvana.surgery import prune
 from nirvana.walk import Stack, final_hidden_states
 from nirvana.weights import model_digest
-from studies.comparison import DENSE, Text, Texts
+from studies import zero_shot as study
+from studies.comparison import Comparison, Text, Texts
+from studies.items import CONTINUATION, CORPUS, LAST_WORD, OTHER, ItemSet, item_sets
+from studies.lines import names_of, write_csv
+from studies.scoring import score_items
+from studies.spec import load_spec
 from studies.texts import read_text
-from studies.zero_shot import study
-from studies.zero_shot.items import CONTINUATION, CORPUS, LAST_WORD, OTHER, ItemSet, item_sets
-from studies.zero_shot.plot import draw
-from studies.zero_shot.scoring import score_items
-from studies.zero_shot.study import Settings, ZeroShot, measure
-from studies.zero_shot.summary import (
-    ALL,
-    ALL_TEXTS,
-    UNDEFINED,
-    Line,
-    accuracy_interval,
-    lines,
-    ratio_of_losses,
-    series,
-    tables,
-    verdict,
-    write_table,
-)
+from studies.variants import Variant
+from studies.zero_shot import ALL, ALL_TEXTS, UNDEFINED, accuracy_interval, lines, ratio_of_losses, verdict
 from tasks.corpus.documents import Document, write_documents
 from tasks.evaluation.cloze import cloze_items
 from tasks.evaluation.continuation import continuation_items
 from tasks.sample_pool import split_documents
 
 RATIO = 0.4
-SETTINGS = Settings(ways=(("nirvana", "none"), ("random", "least_squares"), ("flap", "bias")), ratios=(RATIO,))
+SETTINGS = (("nirvana", "none"), ("random", "least_squares"), ("flap", "bias"))
 
 
 # --- ratios of losses -----------------------------------------------------------------------------------------
@@ -233,7 +221,19 @@ def zero_shot(model_directory, tmp_path, monkeypatch):
 
 
 def opened(model_directory):
-    return ZeroShot(model_directory, Texts(*(Text(random_ids(6, 16, seed)) for seed in range(4))), round_to=1)
+    return Comparison(model_directory, Texts(*(Text(random_ids(6, 16, seed)) for seed in range(4))), round_to=1)
+
+
+def measure(comparison, sets, ways, ratio=RATIO):
+    variants = [Variant(), *(Variant(name, ratio, way) for name, way in ways)]
+    for each in variants:
+        each.check(comparison)
+    return study.answered(comparison, [(each, {}) for each in variants], sets)
+
+
+def asked_of(comparison, variant, items):
+    (row,) = study.answered(comparison, [(variant, {})], [items])
+    return row
 
 
 def count_asked(monkeypatch, dies_after=math.inf):
@@ -270,7 +270,7 @@ def answers_of(model, items):
 
 
 def test_answers_are_those_of_checkpoints(zero_shot, sets, model_directory, tmp_path):
-    keep, _ = zero_shot.keep("nirvana", RATIO)
+    keep = zero_shot.keep(Variant("nirvana", RATIO))
     plan = Plan.build(
         Stack.open(model_directory).architecture.sites(),
         keep,
@@ -283,15 +283,15 @@ def test_answers_are_those_of_checkpoints(zero_shot, sets, model_directory, tmp_
     dense, pruned = load_model(model_directory), load_model(tmp_path / "pruned")
     for each in sets:
         expected = answers_of(dense, each.items)
-        assert zero_shot.asked((DENSE, 0.0, "none"), each)["answers"] == expected and 0 < sum(expected) < len(expected)
-        row = zero_shot.asked(("nirvana", RATIO, "none"), each)
+        assert asked_of(zero_shot, Variant(), each)["answers"] == expected and 0 < sum(expected) < len(expected)
+        row = asked_of(zero_shot, Variant("nirvana", RATIO), each)
         assert row["answers"] == answers_of(pruned, each.items) != expected
         assert row["achieved_ratio"] == pytest.approx(RATIO, abs=0.005)
 
 
 def test_compensated_answers(zero_shot, sets):
-    ours = zero_shot.asked(("random", RATIO, "least_squares"), sets[1])["answers"]
-    stack, (keep, _) = zero_shot.stack, zero_shot.keep("random", RATIO)
+    ours = asked_of(zero_shot, Variant("random", RATIO, "least_squares"), sets[1])["answers"]
+    stack, keep = zero_shot.stack, zero_shot.keep(Variant("random", RATIO))
     updates = dict(compensate(stack, keep, zero_shot.texts.compensation.ids, zero_shot.ridge))
     found = score_items(
         lambda ids: final_hidden_states(stack, ids, keep, updates),
@@ -300,7 +300,7 @@ def test_compensated_answers(zero_shot, sets):
         tiny_tokenizer(),
     )
     assert ours == found.astype(int).tolist()
-    plain = zero_shot.asked(("random", RATIO, "none"), sets[1])["answers"]
+    plain = asked_of(zero_shot, Variant("random", RATIO), sets[1])["answers"]
     assert ours != plain
 
 
@@ -313,12 +313,12 @@ def test_nothing_is_asked_twice(zero_shot, sets, model_directory, monkeypatch):
     again = opened(model_directory)
     assert measure(again, sets, SETTINGS) == rows and asked == []
     assert "stack" not in vars(again)  # nothing was opened
-    more = Settings((*SETTINGS.ways, ("magnitude", "none")), (RATIO,))
+    more = (*SETTINGS, ("magnitude", "none"))
     assert measure(again, sets, more)[:8] == rows and asked == [10, 6, 10, 10, 4]
     asked.clear()
     # the first n are the same for every count: two blocks are known
     fewer = [ItemSet("few", CONTINUATION, sets[1].items[:23])]
-    measure(again, fewer, Settings((), ()))
+    measure(again, fewer, ())
     assert asked == [3]
 
 
@@ -326,12 +326,12 @@ def test_other_texts_are_other_answers(zero_shot, sets, model_directory, monkeyp
     measure(zero_shot, sets, SETTINGS)
     asked = count_asked(monkeypatch)
     texts = Texts(*(Text(random_ids(6, 16, seed)) for seed in (0, 11, 12, 13)))
-    measure(ZeroShot(model_directory, texts, round_to=1), sets, SETTINGS)
+    measure(Comparison(model_directory, texts, round_to=1), sets, SETTINGS)
     assert len(asked) == 2 * 5  # those that are compensated on the second; the last two are not read
     asked.clear()
     texts = Texts(*(Text(random_ids(6, 16, seed)) for seed in (10, 1, 2, 3)))
-    measure(ZeroShot(model_directory, texts, round_to=1), sets, SETTINGS)
-    assert len(asked) == 3 * 5  # all but dense
+    measure(Comparison(model_directory, texts, round_to=1), sets, SETTINGS)
+    assert len(asked) == 2 * 5  # all but dense, and but random, which keeps the same units whatever it reads
 
 
 def test_a_killed_study_goes_on_where_it_was(zero_shot, sets, model_directory, monkeypatch):
@@ -345,11 +345,11 @@ def test_a_killed_study_goes_on_where_it_was(zero_shot, sets, model_directory, m
 
 @pytest.mark.parametrize(
     ("way", "said"),
-    [(("shortgpt", "none"), "leave it out"), (("flop", "none"), "got 'flop'"), (("flap", "lora"), "got lora")],
+    [(("flop", "none"), "got 'flop'"), (("flap", "lora"), "got lora")],
 )
 def test_an_unknown_way_is_named_before_anything_runs(way, said, zero_shot, sets):
     with pytest.raises(InputError, match=said):
-        measure(zero_shot, sets, Settings((way,), (RATIO,)))
+        measure(zero_shot, sets, (way,))
     assert "stack" not in vars(zero_shot)
 
 
@@ -387,87 +387,96 @@ def made_rows(text="corpus"):
 
 
 def test_lines_by_hand(tmp_path):
-    found = lines(made_rows())
-    assert [line.kind for line in found] == 7 * [LAST_WORD] + 7 * [CONTINUATION] + 7 * [ALL]
-    of = {(line.kind, line.method, line.ratio, line.compensation): line for line in found}
+    found = lines(made_rows(), {})
+    assert [line["kind"] for line in found] == 7 * [LAST_WORD] + 7 * [CONTINUATION] + 7 * [ALL]
+    of = {(line["kind"], line["method"], line["ratio"], line["compensation"]): line for line in found}
     line = of[(LAST_WORD, "fisher", 0.2, "least_squares")]
-    assert (line.accuracy, line.lost, line.of_nirvana, line.items) == (0.75, 0.25, 0.5, 20)
-    assert 0.05 <= line.lost_low < 0.25 < line.lost_high <= 0.45 and line.of_nirvana_low < 0.5 < line.of_nirvana_high
-    # nirvana's one wrong item of twenty is not surely a loss
-    assert of[(CONTINUATION, "fisher", 0.2, "least_squares")].of_nirvana is None
+    assert (line["accuracy"], line["lost"], line["of_nirvana"], line["items"]) == (0.75, 0.25, 0.5, 20)
+    assert (
+        0.05 <= line["lost_low"] < 0.25 < line["lost_high"] <= 0.45
+        and line["of_nirvana_low"] < 0.5 < line["of_nirvana_high"]
+    )
+    # nirvana's one wrong item of twenty is not significantly a loss
+    assert of[(CONTINUATION, "fisher", 0.2, "least_squares")]["of_nirvana"] == UNDEFINED
     together = of[(ALL, "fisher", 0.2, "least_squares")]
-    assert (together.items, together.lost, together.of_nirvana) == (40, 5 / 40, pytest.approx(5 / 11))
-    assert together.seconds_per_item == 2.0
-    assert of[(LAST_WORD, "nirvana", 0.4, "none")].of_nirvana == 1
+    assert (together["items"], together["lost"], together["of_nirvana"]) == (40, 5 / 40, pytest.approx(5 / 11))
+    assert together["seconds_per_item"] == 2.0
+    assert of[(LAST_WORD, "nirvana", 0.4, "none")]["of_nirvana"] == 1
 
-    with write_table(found, tmp_path / "zero_shot.csv").open() as file:
+    with write_csv(found, names_of(load_spec("zero_shot").tables[0]), tmp_path / "zero_shot.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == [each.name for each in fields(Line)] and len(rows) == 21
+    assert len(rows) == 21
     by_name = {(row["kind"], row["method"], row["ratio"]): row["of_nirvana"] for row in rows}
     assert by_name[(CONTINUATION, "fisher", "0.2")] == UNDEFINED and by_name[(LAST_WORD, "dense", "0.0")] == ""
     assert by_name[(LAST_WORD, "fisher", "0.2")] == "0.5"
 
 
-def test_tables_and_sentences():
-    found = lines(made_rows())
-    title = (
-        f"corpus, {LAST_WORD}: 20 items of 20 documents; percent right and lost against dense, with 95 % intervals "
-        "(of losses: documents drawn)"
-    )
-    table = tables(found)[title]
-    assert [row[:2] for row in table[1:4]] == [["", "dense"], ["0.2", "fisher + least squares"], ["0.2", "nirvana"]]
-    assert table[1][2].startswith("100.0 [") and table[2][3].startswith("25.0 [")
-    assert table[2][4].startswith("0.50 [") and table[3][4] == "the measure"
-    sentences = verdict(found)
-    assert len(sentences) == 6 and sentences[0].startswith("corpus, ratio 0.2, all: fisher + least squares loses 12.5")
+def test_sentences():
+    found = {"": lines(made_rows(), {})}
+    sentences = verdict(found, [], {})
+    assert len(sentences) == 6 and sentences[0].startswith("corpus, ratio 0.2, all: mask Fisher + LS loses 12.5")
     (unsure,) = (each for each in sentences if "undefined" in each)
     assert unsure.startswith(f"corpus, ratio 0.2, {CONTINUATION}:")
-    (surely,) = (each for each in sentences if each.startswith(f"corpus, ratio 0.4, {CONTINUATION}"))
-    assert "loses 50.0 points, nirvana 100.0; their ratio is 0.50 [0." in surely
-    assert "], not surely apart from half. It is surely better" in surely
-    (alone,) = verdict([line for line in found if line.method != "nirvana"])
-    assert alone == "No ratio of losses: it takes nirvana and fisher + least squares among the methods."
+    (told,) = (each for each in sentences if each.startswith(f"corpus, ratio 0.4, {CONTINUATION}"))
+    assert "loses 50.0 points, NIRVANA 100.0; their ratio is 0.50 [0." in told and "not significantly apart" in told
+    (alone,) = verdict({"": [line for line in found[""] if line["method"] != "nirvana"]}, [], {})
+    assert alone.startswith("No ratio of losses")
 
 
 def test_several_texts_are_judged_together_as_well():
-    found = lines([*made_rows(), *made_rows("other")])
-    (line,) = (x for x in found if (x.text, x.method, x.ratio) == (ALL_TEXTS, "fisher", 0.2))
-    assert (line.kind, line.items, line.lost, line.of_nirvana) == (ALL, 80, 10 / 80, pytest.approx(10 / 22))
-    assert verdict(found)[0].startswith("all texts, ratio 0.2, all: fisher + least squares loses 12.5 points")
-    assert line.documents == 80  # the texts call theirs alike
+    found = lines([*made_rows(), *made_rows("other")], {})
+    (line,) = (x for x in found if (x["text"], x["method"], x["ratio"]) == (ALL_TEXTS, "fisher", 0.2))
+    assert (line["kind"], line["items"], line["lost"], line["of_nirvana"]) == (ALL, 80, 10 / 80, pytest.approx(10 / 22))
+    assert verdict({"": found}, [], {})[0].startswith("all texts, ratio 0.2, all: mask Fisher + LS loses 12.5 points")
+    assert line["documents"] == 80  # the texts call theirs alike
 
 
 def test_items_of_one_document_tell_less():
     rows = made_rows()
     together = [{**row, "documents": [str(number // 2) for number in range(20)]} for row in rows]
     asked = (LAST_WORD, "fisher", 0.2)
-    (apart,), (near,) = ([x for x in lines(each) if (x.kind, x.method, x.ratio) == asked] for each in (rows, together))
-    assert (near.accuracy, near.lost, near.of_nirvana) == (apart.accuracy, apart.lost, apart.of_nirvana)
-    assert near.lost_low < apart.lost_low < apart.lost_high < near.lost_high
-    assert (near.documents, apart.documents) == (10, 20)
+    (apart,), (near,) = (
+        [x for x in lines(each, {}) if (x["kind"], x["method"], x["ratio"]) == asked] for each in (rows, together)
+    )
+    assert (near["accuracy"], near["lost"], near["of_nirvana"]) == (
+        apart["accuracy"],
+        apart["lost"],
+        apart["of_nirvana"],
+    )
+    assert near["lost_low"] < apart["lost_low"] < apart["lost_high"] < near["lost_high"]
+    assert (near["documents"], apart["documents"]) == (10, 20)
 
 
 def test_of_few_documents_items_are_drawn():
     """One file of text is one document: drawn whole, it would leave no width."""
-    few = lines([{**row, "documents": ["only"] * 20} for row in made_rows()])
-    for one, apart in zip(few, lines(made_rows()), strict=True):
-        assert one.documents == 1 and (one.lost_low, one.lost_high) == (apart.lost_low, apart.lost_high)
+    few = lines([{**row, "documents": ["only"] * 20} for row in made_rows()], {})
+    for one, apart in zip(few, lines(made_rows(), {}), strict=True):
+        assert one["documents"] == 1 and (one["lost_low"], one["lost_high"]) == (apart["lost_low"], apart["lost_high"])
 
 
 def test_each_text_decides_whether_its_documents_are_drawn():
     """A text of one document beside one of many: the first gives items, and as many of them as it has."""
     book = [{**row, "documents": ["0"] * 20} for row in made_rows("book")]
-    found = {(x.text, x.kind): x for x in lines([*made_rows(), *book]) if (x.method, x.ratio) == ("fisher", 0.2)}
-    assert [found[key].drawn for key in (("book", ALL), ("corpus", ALL), (ALL_TEXTS, ALL))] == [
+    found = {
+        (x["text"], x["kind"]): x
+        for x in lines([*made_rows(), *book], {})
+        if (x["method"], x["ratio"]) == ("fisher", 0.2)
+    }
+    assert [found[key]["drawn"] for key in (("book", ALL), ("corpus", ALL), (ALL_TEXTS, ALL))] == [
         "items", "documents", "documents or items"
     ]  # fmt: skip
-    assert found[(ALL_TEXTS, ALL)].documents == 41
+    assert found[(ALL_TEXTS, ALL)]["documents"] == 41
     # of each text a draw has 40 items: 2.5 points each way are 2 of 80, and a whole document of 40 would be 50
-    assert found[(ALL_TEXTS, ALL)].lost_high - found[(ALL_TEXTS, ALL)].lost_low < 0.2
+    assert found[(ALL_TEXTS, ALL)]["lost_high"] - found[(ALL_TEXTS, ALL)]["lost_low"] < 0.2
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"), [(4, "surely at most half"), (10, "not surely apart from half"), (17, "surely more than half")]
+    ("wrong", "said"),
+    [
+        (4, "significantly at most half"),
+        (10, "not significantly apart from half"),
+        (17, "significantly more than half"),
+    ],
 )
 def test_a_share_is_held_against_half(wrong, said):
     rows = [
@@ -475,45 +484,26 @@ def test_a_share_is_held_against_half(wrong, said):
         made_row("nirvana", 0.4, LAST_WORD, 20),
         made_row("fisher", 0.4, LAST_WORD, wrong, "least_squares"),
     ]
-    (sentence,) = verdict(lines(rows))
+    (sentence,) = verdict({"": lines(rows, {})}, [], {})
     assert sentence.endswith(f"], {said}.")
 
 
 def test_ours_is_held_against_every_other():
     rows = made_rows()
-    found = {(x.kind, x.method, x.compensation): x for x in lines(rows) if x.ratio == 0.4}
+    found = {(x["kind"], x["method"], x["compensation"]): x for x in lines(rows, {}) if x["ratio"] == 0.4}
     line = found[(LAST_WORD, "flap", "bias")]  # ours have ten of twenty right, it none
-    assert line.behind_best == 0.5 and 0.2 < line.behind_best_low < 0.5 < line.behind_best_high < 0.8
-    assert found[(LAST_WORD, "fisher", "least_squares")].behind_best is None
-    assert all(line.behind_best is None for line in lines(rows) if line.method == "dense")
-    sentence = next(each for each in verdict(lines(rows)) if each.startswith("corpus, ratio 0.4, all"))
-    assert sentence.endswith(" It is surely better (95 %) than 3 of 3 others.")
+    assert line.get("behind_best") == 0.5 and 0.2 < line["behind_best_low"] < 0.5 < line["behind_best_high"] < 0.8
+    assert "behind_best" not in found[(LAST_WORD, "fisher", "least_squares")]
+    assert all(line.get("behind_best") is None for line in lines(rows, {}) if line["method"] == "dense")
+    sentence = next(
+        each for each in verdict({"": lines(rows, {})}, [], {}) if each.startswith("corpus, ratio 0.4, all")
+    )
+    assert sentence.endswith(" It is significantly better (95 %) than 3 of 3 others.")
     # as good, and better
     rows += [made_row("magnitude", 0.4, LAST_WORD, 10), made_row("random", 0.4, LAST_WORD, 0)]
-    sentence = next(each for each in verdict(lines(rows)) if each.startswith(f"corpus, ratio 0.4, {LAST_WORD}"))
-    assert sentence.endswith("than 3 of 5 others, not surely apart from magnitude, surely worse than random.")
-    shown = {row[1]: row[5] for row in next(iter(tables(lines(rows)).values())) if row[0] == "0.4"}
-    assert shown["magnitude"].startswith("0.0 [0.0") and shown["fisher + least squares"] == ""
-    assert shown["flap + bias"].startswith("50.0 [")
-
-
-def test_series_have_a_child_a_way():
-    found = series(lines(made_rows()))
-    assert list(found) == ["dense", "fisher + least squares", "flap", "flap + bias", "nirvana"]
-    child = {each.metric: each.points for each in found["fisher + least squares"]}
-    assert child["lost_corpus_last_word_by_ratio_percent"] == [(20, 0.25), (40, 0.5)]
-    assert child["of_nirvana_corpus_continuation_by_ratio_percent"] == [(40, 0.5)]  # undefined at 20
-
-
-def test_picture(tmp_path):
-    found = lines([*made_rows(), *made_rows("other")])
-    assert [line.text for line in found] == 21 * ["corpus"] + 21 * ["other"] + 7 * [ALL_TEXTS]
-    png, svg = draw(found, tmp_path / "zero_shot.png")
-    assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 20_000
-    text = svg.read_text()
-    names = ("mask Fisher + LS", "FLAP + bias", "NIRVANA", "dense", "chance", "20 items of other")
-    assert all(name in text for name in names)
-    first = svg.read_bytes()
-    draw(found, tmp_path / "zero_shot.png")
-    assert svg.read_bytes() == first
-    draw([line for line in found if line.kind == LAST_WORD and line.ratio != 0.2], tmp_path / "one.png")
+    sentence = next(
+        each for each in verdict({"": lines(rows, {})}, [], {}) if each.startswith(f"corpus, ratio 0.4, {LAST_WORD}")
+    )
+    assert sentence.endswith(
+        "than 3 of 5 others, not significantly apart from magnitude, significantly worse than random."
+    )

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from nirvana.errors import InputError
 from nirvana.walk import Stack, final_hidden_states
-from studies.zero_shot.scoring import score_items
+from studies.scoring import score_items
 from tasks.corpus.documents import Document
 from tasks.evaluation.cloze import cloze_items
 from tasks.evaluation.continuation import continuation_items

@@ -1,1 +1,0 @@
-"""The calibration study: how much the calibration text decides."""

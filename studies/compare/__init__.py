@@ -1,1 +1,0 @@
-"""The comparison: NIRVANA and its rivals under one protocol, as a leaderboard."""

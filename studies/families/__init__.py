@@ -1,1 +1,0 @@
-"""Families: whether the ranking of the methods holds in each."""

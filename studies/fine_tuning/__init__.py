@@ -1,1 +1,0 @@
-"""Fine-tuning: what is left of the methods' differences after it."""

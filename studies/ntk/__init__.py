@@ -1,1 +1,0 @@
-"""The kernel study: how far pruning moves the kernel that governs training."""

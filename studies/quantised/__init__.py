@@ -1,1 +1,0 @@
-"""Quantised: what pruning and few bits cost together."""

@@ -1,1 +1,0 @@
-"""Zero-shot: how much accuracy each method loses."""
