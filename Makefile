@@ -25,7 +25,7 @@ damage: $(READY)  ## flip and cut files of a small pipeline: named, made again o
 	@$(BIN)/python -m benchmarks.reliability.damage
 
 test: $(READY)  ## every test, the slow ones included
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --durations=30
 
 lint: $(READY)  ## lint, format, types
 	@$(BIN)/ruff check .

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -155,13 +156,19 @@ def make_checkout(parent: Path) -> Path:
         (path / part).parent.mkdir(exist_ok=True)
         shutil.copyfile(ROOT / part, path / part)
     (path / "reports").mkdir()
-    values = asdict(load_params(ROOT / "params.yaml"))
-    for section, keys in _SIZES.items():
-        values[section] |= keys
-    (path / "params.yaml").write_text(json.dumps(values, indent=1), encoding="utf-8")
+    (path / "params.yaml").write_text(json.dumps(small_params(), indent=1), encoding="utf-8")
     for command in (("init", "-q"), ("add", "-A"), ("-c", "user.name=n", "-c", "user.email=n@n", "commit", "-qm", "n")):
         subprocess.run(["git", *command], cwd=path, check=True, capture_output=True)
     return path
+
+
+def small_params(**changes: dict[str, object]) -> dict[str, Any]:
+    """Return the content of params.yaml with sizes that take seconds, then `changes`, by section and key."""
+    values = asdict(load_params(ROOT / "params.yaml"))
+    for source in (_SIZES, changes):
+        for section, keys in source.items():
+            values[section] |= keys
+    return values
 
 
 def copy_checkout(path: Path, target: Path) -> Path:

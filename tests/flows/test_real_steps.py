@@ -9,77 +9,26 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import tiny_corpus, tiny_llama
-from toy import ROOT, command, dvc, environment
+from toy import command, dvc, environment
 
-from tasks.params import load_params
+from benchmarks.reliability.checkout import make_checkout, small_params
 from tasks.registry import STEPS
 
 pytestmark = pytest.mark.slow
 NAMES = [step.name for step in STEPS]
 
-_CHANGES = {
-    "model": {"source": "path:../model"},
-    "corpus": {"source": "path:../corpus/*.txt"},
-    "calibration": {
-        "pool_size": 3,
-        "sequences": 2,
-        "sequence_length": 24,
-        "heldout_sequences": 2,
-        "heldout_length": 24,
-    },
-    "allocation": {"pruning_ratio": 0.3},
-    "evaluation": {"window": 32, "perplexity_tokens": 256, "cloze_items": 5},
-    "benchmark": {"prompt_length": 8, "decode_tokens": 2, "repeats": 1, "warmup": 0},
-    "compute": {"threads": 1},
-}
-
 
 def write_params(path: Path, **changes: dict[str, object]) -> None:
-    """Write params.yaml (JSON is YAML) with the test's sizes, then `changes`."""
-    from dataclasses import asdict
-
-    values = asdict(load_params(ROOT / "params.yaml"))
-    for source in (_CHANGES, changes):
-        for section, keys in source.items():
-            values[section] |= keys
-    (path / "params.yaml").write_text(json.dumps(values, indent=1))
-
-
-def checkout(parent: Path, name: str) -> Path:
-    """Copy the working tree's code into a git repository of its own, beside `model` and `corpus`."""
-    path = parent / name
-    path.mkdir()
-    for part in ("flows", "tasks", "nirvana"):
-        shutil.copytree(ROOT / part, path / part, ignore=shutil.ignore_patterns("__pycache__"))
-    for part in ("dvc.yaml", "pyproject.toml", ".gitignore", ".dvcignore"):
-        shutil.copyfile(ROOT / part, path / part)
-    (path / ".dvc").mkdir()
-    for part in ("config", ".gitignore"):
-        shutil.copyfile(ROOT / ".dvc" / part, path / ".dvc" / part)
-    (path / "reports").mkdir()
-    write_params(path)
-    command(path, "git", "init", "-q", "-b", "main")
-    command(path, "git", "add", "-A")
-    command(path, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "tiny")
-    return path
+    """Write params.yaml (JSON is YAML) with the sizes of `finished_real`, then `changes`."""
+    (path / "params.yaml").write_text(json.dumps(small_params(**changes), indent=1))
 
 
 @pytest.fixture(scope="module")
-def parent(tmp_path_factory):
-    """The model and the corpus, in the folder above the checkouts."""
-    path = tmp_path_factory.mktemp("real")
-    tiny_llama(path / "model", intermediate_size=96)
-    tiny_corpus(path / "corpus")
-    return path
-
-
-@pytest.fixture(scope="module")
-def finished(parent):
-    """A checkout in which everything ran once."""
-    path = checkout(parent, "finished")
-    dvc(path, "repro")
-    return path
+def finished(finished_real, tmp_path_factory):
+    """A checkout in which everything ran once; the model and the corpus lie beside it."""
+    parent = tmp_path_factory.mktemp("copy") / "real"
+    command(parent.parent, "cp", "-a", str(finished_real.parent), str(parent))
+    return parent / finished_real.name
 
 
 def tokens(path: Path) -> dict[str, str]:
@@ -108,8 +57,8 @@ def test_everything_ran_and_is_there(finished):
     assert "kl_divergence" in metrics and "achieved_ratio.total" in metrics
 
 
-def test_two_clones_and_any_number_of_workers_give_the_same_bytes(parent, finished):
-    other = checkout(parent, "other")
+def test_two_clones_and_any_number_of_workers_give_the_same_bytes(finished, tmp_path):
+    other = make_checkout(tmp_path)
     write_params(other, runtime={"workers": 2})
     dvc(other, "repro", "prune")
     for name in ("artifacts/plan.json", "reports/kl_scores.csv"):
@@ -261,8 +210,8 @@ def test_a_fault_is_one_line_and_leaves_results_alone(broken, break_it, step, me
     assert not list(broken.rglob("*.tmp"))
 
 
-def test_killed_step_resumes_and_no_orphan_writes(parent):
-    path = checkout(parent, "killed")
+def test_killed_step_resumes_and_no_orphan_writes(tmp_path):
+    path = make_checkout(tmp_path)
     # enough work after the first candidate that the signal always comes in time
     candidates = 20
     write_params(path, calibration={"pool_size": candidates, "sequences": 8, "sequence_length": 96})

@@ -4,8 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import urlopen
@@ -13,6 +12,7 @@ from urllib.request import urlopen
 import psutil
 import pytest
 from toy import command, environment, toy_checkout
+from toy_flows import wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -51,13 +51,6 @@ def family(path: Path) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
-
-
-def wait_for(condition: Callable[[], object], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
 
 
 def announced(process: subprocess.Popen[str]) -> list[str]:
