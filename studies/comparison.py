@@ -201,7 +201,11 @@ class Comparison:
         """Return the parameters that a compensation changes or adds; the last model's are kept for what else asks."""
         if compensation == "none":
             return {}
-        of = (compensation, *((name, tuple(kept.tolist())) for name, kept in keep.items()))
+        of = (
+            compensation,
+            self.texts.compensation.digest,
+            *((name, tuple(kept.tolist())) for name, kept in keep.items()),
+        )
         if self._updates is None or self._updates[0] != of:
             self._updates = None
             if compensation == "least_squares":
