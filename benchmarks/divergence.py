@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.common import Measurement, alternate, random_text
-from nirvana.allocation import achieved_ratio, allocate
+from nirvana.allocation import Allocation, achieved_ratio, allocate
 from nirvana.divergence import kl_divergence
 from nirvana.walk import Stack, final_hidden_states
 
@@ -19,7 +19,7 @@ def measure(model: Path, repeats: int) -> list[Measurement]:
     sites = stack.architecture.sites()
     generator = np.random.default_rng(0)
     saliency = {site.name: generator.lognormal(0, 1, site.units).astype(np.float32) for site in sites}
-    keep = allocate(sites, saliency, pruning_ratio=0.4, gamma=3.36)
+    keep = allocate(sites, saliency, Allocation(0.4, gamma=3.36))
     dense_model = AutoModelForCausalLM.from_pretrained(model).eval()
     dense = final_hidden_states(stack, ids)
 

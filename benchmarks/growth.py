@@ -14,7 +14,7 @@ _TOKENS = 128
 
 def score(directory: Path, sequences: int) -> None:
     """Saliency, plan and KL of one candidate of `sequences` × 128 tokens."""
-    from nirvana.allocation import allocate
+    from nirvana.allocation import Allocation, allocate
     from nirvana.divergence import kl_divergence
     from nirvana.saliency import channel_saliency, unit_saliency
     from nirvana.walk import Stack, final_hidden_states
@@ -22,7 +22,7 @@ def score(directory: Path, sequences: int) -> None:
     stack = Stack.open(directory / "model", execution="streamed")
     ids, sites = random_text(sequences, _TOKENS) % stack.architecture.vocab_size, stack.architecture.sites()
     saliency = unit_saliency(sites, channel_saliency(stack, ids, microbatch=2).sums)
-    keep = allocate(sites, {name: values.numpy() for name, values in saliency.items()}, 0.4, 3.36)
+    keep = allocate(sites, {name: values.numpy() for name, values in saliency.items()}, Allocation(0.4, gamma=3.36))
     kl_divergence(stack, keep, ids, final_hidden_states(stack, ids))
 
 

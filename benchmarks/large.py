@@ -122,19 +122,20 @@ def allocate(directory: Path) -> None:
     """Make the plan of ratio 0.4."""
     from safetensors.numpy import load_file
 
+    from nirvana.allocation import Allocation
     from nirvana.allocation import allocate as allocate_units
     from nirvana.plan import Plan
     from nirvana.walk import Stack
 
     sites = Stack.open(directory / "model").architecture.sites()
-    keep = allocate_units(sites, load_file(directory / "saliency.safetensors"), RATIO, 3.36)
+    keep = allocate_units(sites, load_file(directory / "saliency.safetensors"), Allocation(RATIO, gamma=3.36))
     Plan.build(
         sites,
         keep,
         model_digest="sha256:random",
         model_type="llama",
         calibration_digest="sha256:random",
-        parameters={"pruning_ratio": RATIO, "gamma": 3.36, "round_to": 8, "rule": "exact", "scope": "global"},
+        allocation=Allocation(RATIO, gamma=3.36, round_to=8, rule="exact", scope="global"),
     ).write(directory / "plan.json")
 
 

@@ -31,10 +31,10 @@ def measure(model: Path, ids: Path, limits: dict[float, float] | None = None) ->
     """
     import numpy as np
 
+    from nirvana.presets import PRESETS
     from studies.comparison import Comparison
     from studies.texts import texts_of_ids, with_generated
     from studies.variants import Variant
-    from tasks.params import PRESETS
 
     texts = with_generated(texts_of_ids(ids), model, PRESETS["best"]["compensation.self_generated"])
     comparison = Comparison(model, texts, ridge=RIDGE)

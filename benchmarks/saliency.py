@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.common import Measurement, alternate, random_text
 from benchmarks.live_memory import LiveMemory
-from nirvana.allocation import allocate
+from nirvana.allocation import Allocation, allocate
 from nirvana.divergence import kl_divergence
 from nirvana.saliency import channel_saliency, unit_saliency
 from nirvana.walk import Stack, final_hidden_states
@@ -41,7 +41,7 @@ def measure(model: Path, repeats: int) -> list[Measurement]:
     def candidate() -> None:
         sums = channel_saliency(stack, ids, MICROBATCH, memory="fast").sums
         saliency = {name: values.numpy() for name, values in unit_saliency(sites, sums).items()}
-        kl_divergence(stack, allocate(sites, saliency, pruning_ratio=0.4, gamma=3.36), heldout, dense)
+        kl_divergence(stack, allocate(sites, saliency, Allocation(0.4, gamma=3.36)), heldout, dense)
 
     ways: dict[str, Callable[[], object]] = {
         "naive": lambda: naive(dense_model, ids),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import Measurement, alternate
-from nirvana.allocation import allocate
+from nirvana.allocation import Allocation, allocate
 from nirvana.files import atomic_file
 from nirvana.plan import Plan
 from nirvana.surgery import prune
@@ -22,11 +22,11 @@ def measure(model: Path, repeats: int) -> list[Measurement]:
     saliency = {site.name: generator.lognormal(0, 1, site.units).astype(np.float32) for site in sites}
     plan = Plan.build(
         sites,
-        allocate(sites, saliency, pruning_ratio=0.4, gamma=3.36),
+        allocate(sites, saliency, Allocation(0.4, gamma=3.36)),
         model_digest="",
         model_type="",
         calibration_digest="",
-        parameters={"pruning_ratio": 0.4},
+        allocation=Allocation(0.4),
     )
     with tempfile.TemporaryDirectory(dir=".") as root:
         target, copy = Path(root) / "pruned", Path(root) / "copy"

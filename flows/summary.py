@@ -47,7 +47,7 @@ def _results_table(root: Path) -> Table:
     plan, selection = read_json(root / "artifacts/plan.json"), read_json(root / "artifacts/selection.json")
     measured = read_json(reports / "divergence.json")["kl_divergence"]
     recovered = read_json(reports / "recovery.json")["tokens"]
-    title = f"Pruned at a requested ratio of {plan['requested_ratio']:.3g}"
+    title = f"Pruned at a requested ratio of {plan['allocation']['pruning_ratio']:.3g}"
     if recovered:
         title += f", fine-tuned on {recovered:,} tokens"
     table = Table(title=title, title_justify="left")

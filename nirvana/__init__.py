@@ -11,7 +11,9 @@ from typing import Any
 import wrapt
 
 _EXPORTS = {
+    "Allocation": "nirvana.allocation",
     "InputError": "nirvana.errors",
+    "METHODS": "nirvana.methods.registry",
     "Plan": "nirvana.plan",
     "Stack": "nirvana.walk",
     "allocate": "nirvana.allocation",

@@ -7,15 +7,23 @@ Saliency that is comparable between attention and MLP (mask Fisher) needs no γ:
 their saliency a weight. A KV group is so large a unit that a second-order estimate says too little of it, so its
 saliency may count several times (docs/decisions/0018-attention-counts-twice.md).
 
+Or every layer loses the same share, as LLM-Pruner and Wanda-sp have it. Both codes round the number of heads that a
+layer loses down (`int(ratio * heads)`). With few KV groups that decides: of SmolLM2's three, a share of 0.2 takes none,
+where the nearest count would take a third of attention. Neurons then make up for the rest; the codes miss the budget.
+
 Sites that must keep equally many units (the experts of a layer) are ranked as one: its n-th unit is the n-th best of
 each of them.
 
-Source: NIRVANA (arXiv 2509.14230), allocation. Caps, exact counts and the uniform scope are ours (docs/concepts.md).
+Sources: NIRVANA (arXiv 2509.14230), allocation. Caps, exact counts and the uniform scope are ours (docs/concepts.md).
+LLM-Pruner (arXiv 2305.11627), local pruning, LLMPruner/torch_pruning/pruner/algorithms/metapruner.py, `prune_local`;
+FLAP's repository, lib/prune.py, `prune_wanda_sp`.
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,70 +32,165 @@ from nirvana.architectures.site import Module, Site
 from nirvana.errors import InputError
 
 Rule = Literal["exact", "published"]
-Ranking = Literal["modules", "joint"]
+Ranking = Literal["modules", "joint", "layers"]
+"""Who competes with whom: KV groups with KV groups and neurons with neurons, the two rates `gamma` apart; all units of
+the model in one list, by saliency a weight; or the units of one layer only, every layer losing the same share."""
 Scope = Literal["global", "uniform"]
 Keep = dict[str, NDArray[np.int64]]
 """Sorted indices of the units that stay, by site name."""
 
 _COUNT_SLACK = 1e-6
 """Added before rounding a count down, so that 0.3 * 10 counts 3 and not 2."""
+_LAYERS = 32
+"""Depth of the model that the paper of a method with protected layers speaks of: LLaMA-7B's."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How many units leave, and where: section `allocation` of params.yaml, and of a plan.
+
+    Raises:
+        InputError: If a value is out of range, or two contradict each other.
+    """
+
+    pruning_ratio: float
+    """Share of the block weights that leaves, protected layers included, in [0, 1)."""
+    ranking: Ranking = "modules"
+    gamma: float = 1.0
+    """MLP rate divided by attention rate, above 0; ranking `joint` does not read it."""
+    attention_factor: float = 1.0
+    """How many times the saliency of a KV group counts in a joint ranking, above 0."""
+    round_to: int = 8
+    """Kept neurons of a layer are a multiple of this (or all of them)."""
+    rule: Rule = "exact"
+    """`exact` meets the ratio to within one `round_to` block of one layer; `published` counts as the authors' code does
+    and may miss it."""
+    scope: Scope = "global"
+    """`global` ranks over all layers; `uniform` keeps the same counts in every layer, so that a stock configuration
+    describes the result, and meets the ratio to within one `round_to` block of every layer. With it a joint ranking
+    gives the two rates."""
+    protected_layers: tuple[int, int] = (0, 0)
+    """First and last layers that lose nothing, of a model of 32 layers; as many in proportion in others."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.pruning_ratio < 1:
+            raise InputError(f"pruning_ratio: expected 0 <= ratio < 1, got {self.pruning_ratio}; choose e.g. 0.2")
+        for name, example in (("gamma", 3.36), ("attention_factor", 2)):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise InputError(f"{name}: expected a finite number above 0, got {value}; choose e.g. {example}")
+        if not (isinstance(self.round_to, int) and self.round_to >= 1):
+            raise InputError(f"round_to: expected a whole number above 0, got {self.round_to}; choose e.g. 8")
+        for name, choices in (("ranking", Ranking), ("rule", Rule), ("scope", Scope)):
+            if getattr(self, name) not in get_args(choices):
+                raise InputError(f"{name}: expected one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}")
+        if self.scope == "uniform" and self.rule == "published":
+            raise InputError(
+                "expected rule exact with scope uniform, got published, which ranks over all layers; "
+                "change rule to exact or scope to global"
+            )
+        if self.ranking != "modules" and self.rule == "published":
+            raise InputError(
+                f"expected rule exact with ranking {self.ranking}, got published, which ranks each module by itself; "
+                "change rule to exact or ranking to modules"
+            )
+        if self.scope == "uniform" and any(self.protected_layers):
+            raise InputError(
+                f"expected scope global with protected_layers {list(self.protected_layers)}, which keep more than the "
+                "others, got uniform; change scope to global or protected_layers to [0, 0]"
+            )
 
 
 def allocate(
     sites: Sequence[Site],
     saliency: Mapping[str, NDArray[np.float32]],
-    pruning_ratio: float,
-    gamma: float,
-    round_to: int = 8,
-    rule: Rule = "exact",
-    scope: Scope = "global",
+    allocation: Allocation,
     loadable_kv_groups: Callable[[int], bool] = lambda kept: True,
-    ranking: Ranking = "modules",
-    attention_factor: float = 1.0,
+    per_weight: bool = False,
 ) -> Keep:
     """Return which units stay.
 
     Args:
         sites: Where units live, in walk order.
         saliency: Unit saliency by site name.
-        pruning_ratio: Share of the block weights that leaves, in [0, 1).
-        gamma: MLP rate divided by attention rate, above 0; ranking `joint` does not read it.
-        round_to: Kept neurons of a layer are a multiple of this (or all of them).
-        rule: `exact` meets the ratio to within one `round_to` block of one layer; `published` counts as the authors'
-            code does and may miss it.
-        scope: `global` ranks over all layers; `uniform` keeps the same counts in every layer, so that a stock
-            configuration describes the result, and meets the ratio to within one `round_to` block of every layer.
-        loadable_kv_groups: For `uniform`: whether a stock configuration accepts that many KV groups.
-        ranking: `modules` ranks KV groups and neurons separately, their rates `gamma` apart; `joint` ranks all units
-            together by saliency a weight. With scope `uniform` a joint ranking gives the two rates.
-        attention_factor: How many times the saliency of a KV group counts in a joint ranking, above 0. 1 is plain
-            saliency; preset `best` has 2.
+        allocation: What is asked for.
+        loadable_kv_groups: For scope `uniform`: whether a stock configuration accepts that many KV groups.
+        per_weight: Whether the saliency is that of a weight already (`nirvana.methods.method.Method.per_weight`). Else
+            a joint ranking divides a unit's by the number of its weights.
 
     Returns:
         Sorted indices of the kept units by site name.
 
     Raises:
         InputError: If the ratio cannot be reached (the message names the largest reachable one), `round_to` is larger
-            than a layer, or the saliency does not belong to these sites.
+            than a layer, no layer is left to prune, or the saliency does not belong to these sites.
     """
     _check_saliency(sites, saliency)
-    if scope == "uniform":
-        saliency = _aligned(sites, saliency)
-    ranked, ranked_saliency = _merged(sites, saliency)
-    request = _Request(ranked, ranked_saliency, pruning_ratio, gamma, round_to, attention_factor)
-    request.check()
-    if rule == "published" and (scope == "uniform" or ranking == "joint"):
+    inner, asked = _unprotected(sites, allocation)
+    if asked.ranking == "layers":
+        inner, asked, loadable_kv_groups = _same_share(inner, asked, loadable_kv_groups)
+    whole = {site.name: np.arange(site.units, dtype=np.int64) for site in sites}
+    return whole | _allocate(inner, saliency, asked, loadable_kv_groups, per_weight)
+
+
+def protected_layers(of_32: tuple[int, int], num_layers: int) -> tuple[int, int]:
+    """Return how many first and last layers lose nothing, from what that is of 32: the same share, rounded."""
+    first, last = ((count * num_layers + _LAYERS // 2) // _LAYERS for count in of_32)
+    return first, last
+
+
+def _unprotected(sites: Sequence[Site], allocation: Allocation) -> tuple[Sequence[Site], Allocation]:
+    """Return the sites of the layers that may lose units, and what is then asked of them."""
+    layers = sorted({site.layer for site in sites})
+    first, last = protected_layers(allocation.protected_layers, len(layers))
+    if not first + last:
+        return sites, replace(allocation, protected_layers=(0, 0))
+    inner = [site for site in sites if site.layer in layers[first : len(layers) - last]]
+    if not inner:
+        raise InputError(f"expected layers beside the {first + last} protected ones, got {len(layers)} in all")
+    ratio, total, own = allocation.pruning_ratio, *(sum(site.weights for site in each) for each in (sites, inner))
+    share = ratio * total / own
+    if share >= 1:
         raise InputError(
-            "allocation.rule: published is defined for scope global and ranking modules only, got scope "
-            f"{scope} and ranking {ranking}; use rule exact"
+            f"pruning_ratio: {ratio} cannot be reached with {first + last} of {len(layers)} layers protected; "
+            f"ask for less than {ratio / share:.4f}"
         )
-    counts = _joint(request) if ranking == "joint" else None
-    if scope == "uniform":
+    return inner, replace(allocation, pruning_ratio=share, protected_layers=(0, 0))
+
+
+def _same_share(
+    sites: Sequence[Site], allocation: Allocation, loadable_kv_groups: Callable[[int], bool]
+) -> tuple[Sequence[Site], Allocation, Callable[[int], bool]]:
+    """Turn a ranking by layers into equal counts in every layer, the number of KV groups rounded down."""
+    if allocation.scope == "global":  # an encoder-decoder's layers need not keep the same heads here
+        sites = [replace(site, aligned_with=None) for site in sites]
+    weights = {module: sum(site.weights for site in sites if site.module == module) for module in ("attention", "mlp")}
+    rate = module_rates(weights, None, allocation.pruning_ratio, allocation.gamma)["attention"]
+    groups = next(site.units for site in sites if site.module == "attention")
+    least = groups - math.floor(min(rate, 1.0) * groups + _COUNT_SLACK)
+    uniform = replace(allocation, ranking="modules", scope="uniform")
+    return sites, uniform, lambda kept: kept >= least and loadable_kv_groups(kept)
+
+
+def _allocate(
+    sites: Sequence[Site],
+    saliency: Mapping[str, NDArray[np.float32]],
+    allocation: Allocation,
+    loadable_kv_groups: Callable[[int], bool],
+    per_weight: bool,
+) -> Keep:
+    if allocation.scope == "uniform":
+        saliency = _aligned(sites, saliency)
+    ranked, ranked_saliency = _merged(sites, saliency, per_weight)
+    request = _Request(ranked, ranked_saliency, allocation, per_weight)
+    request.check()
+    counts = _joint(request) if allocation.ranking == "joint" else None
+    if allocation.scope == "uniform":
         keep = _uniform(request, loadable_kv_groups, counts)
     elif counts is not None:
         keep = {site.name: _best(site, request.saliency, counts[site.name]) for site in request.sites}
     else:
-        keep = _published(request) if rule == "published" else _exact(request)
+        keep = _published(request) if allocation.rule == "published" else _exact(request)
     return {
         site.name: keep[site.name] if site.equal_with is None else _best(site, saliency, len(keep[site.equal_with]))
         for site in sites
@@ -116,11 +219,12 @@ def _aligned(sites: Sequence[Site], saliency: Mapping[str, NDArray[np.float32]])
 
 
 def _merged(
-    sites: Sequence[Site], saliency: Mapping[str, NDArray[np.float32]]
+    sites: Sequence[Site], saliency: Mapping[str, NDArray[np.float32]], per_weight: bool
 ) -> tuple[tuple[Site, ...], dict[str, NDArray[np.float32]]]:
     """Replace sites that keep equally many units by one that owns all of their slots.
 
-    Its unit u is the u-th least salient unit of each: keeping n of it keeps the n best of each.
+    Its unit u is the u-th least salient unit of each: keeping n of it keeps the n best of each. Its saliency is their
+    sum, or where it is that of a weight, their mean.
     """
     merged: dict[str, Site] = {}
     values: dict[str, NDArray[np.float32]] = {}
@@ -132,6 +236,9 @@ def _merged(
         slots = merged[key].slots if key in merged else ()
         merged[key] = replace(site, name=key, slots=(*slots, *site.slots), equal_with=None)
         values[key] = values[key] + ascending if key in values else ascending
+    if per_weight:
+        members = Counter(site.equal_with for site in sites)
+        values |= {key: values[key] / np.float32(count) for key, count in members.items() if key is not None}
     return tuple(merged.values()), values
 
 
@@ -179,20 +286,18 @@ def removable_weights(module: str, units: int, weights_per_unit: int, round_to: 
 class _Request:
     sites: tuple[Site, ...]
     saliency: Mapping[str, NDArray[np.float32]]
-    pruning_ratio: float
-    gamma: float
-    round_to: int
-    attention_factor: float
+    asked: Allocation
+    per_weight: bool
+
+    @property
+    def pruning_ratio(self) -> float:
+        return self.asked.pruning_ratio
+
+    @property
+    def round_to(self) -> int:
+        return self.asked.round_to
 
     def check(self) -> None:
-        if not 0 <= self.pruning_ratio < 1:
-            raise InputError(f"pruning_ratio: expected 0 <= ratio < 1, got {self.pruning_ratio}; choose e.g. 0.2")
-        if not (self.gamma > 0 and np.isfinite(self.gamma)):
-            raise InputError(f"gamma: expected a finite number above 0, got {self.gamma}; choose e.g. 3.36")
-        if not (self.attention_factor > 0 and np.isfinite(self.attention_factor)):
-            raise InputError(
-                f"attention_factor: expected a finite number above 0, got {self.attention_factor}; choose e.g. 2"
-            )
         for site in self.sites:
             if site.module == "mlp" and not 1 <= self.round_to <= site.units:
                 raise InputError(
@@ -225,7 +330,7 @@ class _Request:
         """Return p_attn."""
         weights = {"attention": self.weights("attention"), "mlp": self.weights("mlp")}
         removable = {"attention": self.removable("attention"), "mlp": self.removable("mlp")}
-        return module_rates(weights, removable, self.pruning_ratio, self.gamma)["attention"]
+        return module_rates(weights, removable, self.pruning_ratio, self.asked.gamma)["attention"]
 
     def rounded(self, site: Site, kept: int) -> int:
         """Round kept neurons up to a multiple of `round_to`, at least one block, at most all."""
@@ -322,8 +427,9 @@ def _joint(request: _Request) -> dict[str, int]:
     values, owners = [], []
     for position, site in enumerate(sites):
         least = 1 if site.module == "attention" else min(request.round_to, site.units)
-        factor = np.float32(request.attention_factor if site.module == "attention" else 1)
-        per_weight = request.saliency[site.name] * factor / np.float32(site.weights_per_unit)
+        factor = np.float32(request.asked.attention_factor if site.module == "attention" else 1)
+        weights = np.float32(1 if request.per_weight else site.weights_per_unit)
+        per_weight = request.saliency[site.name] * factor / weights
         values.append(np.sort(per_weight, kind="stable")[: site.units - least])
         owners.append(np.full(values[-1].shape, position))
     order = np.concatenate(owners)[np.argsort(np.concatenate(values), kind="stable")]
@@ -362,11 +468,10 @@ def _published(request: _Request) -> Keep:
 
     Source: the authors' Llama/main.py at a6094c9.
     """
-    rate = (
-        request.pruning_ratio * request.total / (request.weights("attention") + request.gamma * request.weights("mlp"))
-    )
+    gamma = request.asked.gamma
+    rate = request.pruning_ratio * request.total / (request.weights("attention") + gamma * request.weights("mlp"))
     keep: Keep = {}
-    shares: dict[Module, float] = {"attention": rate, "mlp": request.gamma * rate}
+    shares: dict[Module, float] = {"attention": rate, "mlp": gamma * rate}
     for module, share in shares.items():
         sites = request.of(module)
         values = np.concatenate([request.saliency[site.name] for site in sites])

@@ -31,7 +31,7 @@ from nirvana.slicing import Slicer
 from nirvana.walk import FORWARD_TOKENS, Ids, Stack, as_streams, microbatches, part_of
 
 RIDGE = 0.3
-"""λ relative to the mean diagonal of the Gram matrix (docs/results.md)."""
+"""λ relative to the mean diagonal of the Gram matrix (docs/notebook.md)."""
 _FOR_THE_GAIN = 8
 """Every n-th microbatch is kept for the last norm's gain, where there are that many."""
 

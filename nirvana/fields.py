@@ -62,6 +62,14 @@ class Fields:
             raise self.refused(f"a whole number from {low} to {high}", value, key)
         return value
 
+    def wholes(self, key: str, count: int, high: int) -> list[int]:
+        """Return a list of `count` whole numbers of 0 to `high`."""
+        value = self.raw(key)
+        whole = isinstance(value, list) and all(type(each) is int and 0 <= each <= high for each in value)
+        if not whole or len(value) != count:
+            raise self.refused(f"{count} whole numbers from 0 to {high}", value, key)
+        return list(value)
+
     def share(self, key: str) -> float:
         """Return a number of 0 to 1."""
         value = self.raw(key)

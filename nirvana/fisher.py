@@ -8,7 +8,7 @@ needed, none of weights.
 The sum may run over sequences, one mask each: then F_u is what the definition says, estimated from as many numbers as
 there are sequences. Or over tokens, one mask each: what the removal at one token does to later ones through the same
 unit counts as independent, and the estimate has a hundred times as many numbers to average. After compensation the
-latter chooses better (docs/results.md), and it is the default.
+latter chooses better (docs/notebook.md), and it is the default.
 
 Sources: Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers" (arXiv 2204.09656), mask Fisher;
 Kunstner et al. 2019 (arXiv 1905.12558), why the labels have to be the model's own.

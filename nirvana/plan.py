@@ -3,14 +3,14 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nirvana.allocation import Keep, achieved_ratio
+from nirvana.allocation import Allocation, Keep, Ranking, Rule, Scope, achieved_ratio
 from nirvana.architectures.site import Site
 from nirvana.errors import InputError
 from nirvana.fields import Fields, shortened
@@ -18,7 +18,8 @@ from nirvana.files import read_json, write_json
 from nirvana.plan_names import check_told_once
 from nirvana.ranges import from_ranges, to_ranges
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Version 1 had what the allocation was asked for among `parameters`, and the ratio once more beside them."""
 PLAN_NAME = "nirvana_plan.json"
 """Name of the plan inside the checkpoint that it made."""
 MODULES = ("attention", "mlp")
@@ -27,6 +28,8 @@ MODULES = ("attention", "mlp")
 _MOST_UNITS = 1_000_000  # of one site
 _MOST_UNITS_IN_ALL = 50_000_000
 _MOST_WEIGHTS = 1 << 40  # of one unit
+_MOST_LAYERS = 1024  # of a model
+_LARGEST_FACTOR = 1e9  # of gamma and attention_factor: with larger ones one module alone is pruned
 _LARGEST_RIDGE = 1e9  # beyond it nothing is solved for that float32 could tell from what slicing leaves
 _RATIO_SLACK = 1e-9  # ratios are exact but for the last digit; one neuron of the largest models is a share of 1e-7
 
@@ -61,12 +64,16 @@ class Plan:
     model_type: str
     num_layers: int
     calibration_digest: str
-    requested_ratio: float
+    allocation: Allocation | None
+    """What the units were chosen by; None where a plan of version 1 does not spell it out."""
     achieved_ratio: Mapping[str, float]
     sites: tuple[PlannedSite, ...]
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    """Whatever else it came from; of version 1, the allocation too."""
     compensation: Compensation | None = None
     """None: the checkpoint holds what slicing leaves."""
+    schema_version: int = SCHEMA_VERSION
+    """A plan is written as it was read, so that a checkpoint built from it again keeps its bytes."""
 
     @classmethod
     def build(
@@ -77,10 +84,11 @@ class Plan:
         model_digest: str,
         model_type: str,
         calibration_digest: str,
-        parameters: Mapping[str, Any],
+        allocation: Allocation,
+        parameters: Mapping[str, Any] | None = None,
         compensation: Compensation | None = None,
     ) -> "Plan":
-        """Make a plan from an allocation; `parameters` are the settings it came from, `pruning_ratio` among them."""
+        """Make a plan of the kept units, the allocation that chose them, and the other settings that they came from."""
         kept_units = {name: len(indices) for name, indices in keep.items()}
         planned = tuple(
             PlannedSite(s.name, s.module, s.layer, s.units, s.weights_per_unit, keep[s.name]) for s in sites
@@ -90,12 +98,23 @@ class Plan:
             model_type=model_type,
             num_layers=len({site.layer for site in sites}),
             calibration_digest=calibration_digest,
-            requested_ratio=float(parameters["pruning_ratio"]),
+            allocation=allocation,
             achieved_ratio=achieved_ratio(sites, kept_units),
             sites=planned,
-            parameters=dict(parameters),
+            parameters=dict(parameters or {}),
             compensation=compensation,
         )
+
+    @property
+    def requested_ratio(self) -> float:
+        """Share of the block weights that was asked for."""
+        return float(self.parameters["pruning_ratio"] if self.allocation is None else self.allocation.pruning_ratio)
+
+    @property
+    def other_parameters(self) -> dict[str, Any]:
+        """What it came from beside the allocation."""
+        told = () if self.allocation is None else [each.name for each in fields(Allocation)]
+        return {key: value for key, value in self.parameters.items() if key not in told}
 
     @property
     def keep(self) -> Keep:
@@ -103,11 +122,16 @@ class Plan:
         return {site.name: site.keep_indices for site in self.sites}
 
     def write(self, path: Path | str) -> None:
-        """Write the plan as JSON."""
+        """Write the plan as JSON, in the schema version that it has."""
+        asked: dict[str, Any]
+        if self.schema_version == 1:
+            asked = {"requested_ratio": self.requested_ratio}
+        else:
+            asked = {"allocation": asdict(self.allocation) if self.allocation else None}
         write_json(
             path,
             {
-                "schema_version": SCHEMA_VERSION,
+                "schema_version": self.schema_version,
                 "model": {
                     "digest": self.model_digest,
                     "model_type": self.model_type,
@@ -116,7 +140,7 @@ class Plan:
                 "calibration": {"digest": self.calibration_digest},
                 "compensation": None if self.compensation is None else asdict(self.compensation),
                 "parameters": dict(self.parameters),
-                "requested_ratio": self.requested_ratio,
+                **asked,
                 "achieved_ratio": dict(self.achieved_ratio),
                 "sites": [
                     {
@@ -156,15 +180,14 @@ class Plan:
                 )
         value = read_json(path, unique_keys=True)
         version = value.get("schema_version") if isinstance(value, dict) else None
-        if type(version) is not int or version != SCHEMA_VERSION:
+        if type(version) is not int or version not in (1, SCHEMA_VERSION):
             raise InputError(
-                f"{path}: expected a plan of schema version {SCHEMA_VERSION}, got {shortened(version)}; "
+                f"{path}: expected a plan of schema version 1 or {SCHEMA_VERSION}, got {shortened(version)}; "
                 "make the plan again with this release"
             )
         try:
-            plan = _read_plan(Fields(value, "", "make the plan again"))
+            plan = _read_plan(Fields(value, "", "make the plan again"), version)
             plan._check_counts()
-            plan._check_requested()
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
         return plan
@@ -186,14 +209,6 @@ class Plan:
                 f"achieved_ratio: expected {json.dumps(counted)}, which the kept units come to, got "
                 f"{json.dumps(dict(self.achieved_ratio))}; write that if the plan was edited on purpose, else make it "
                 "again"
-            )
-
-    def _check_requested(self) -> None:
-        asked = self.parameters.get("pruning_ratio", self.requested_ratio)
-        if type(asked) not in (int, float) or asked != self.requested_ratio:
-            raise InputError(
-                f"requested_ratio: expected parameters.pruning_ratio ({shortened(asked)}), got {self.requested_ratio}; "
-                "write the same in both, or make the plan again"
             )
 
     def check_fits(self, sites: Sequence[Site], model_digest: str | None) -> None:
@@ -273,19 +288,58 @@ def _said(site: tuple[str, int, int, int] | None) -> str:
     return f"{units} units of {weights} weights ({module} of layer {layer})"
 
 
-def _read_plan(top: Fields) -> Plan:
-    model, achieved = top.inner("model"), top.inner("achieved_ratio")
+def _read_plan(top: Fields, version: int) -> Plan:
+    model, achieved, parameters = top.inner("model"), top.inner("achieved_ratio"), top.free("parameters")
+    if version == 1:
+        _check_requested(top, parameters)
     return Plan(
         model_digest=model.text("digest"),
         model_type=model.text("model_type"),
         num_layers=model.whole("num_layers", 1, _MOST_UNITS),
         calibration_digest=top.inner("calibration").text("digest"),
-        requested_ratio=top.share("requested_ratio"),
+        allocation=_spelt_out(parameters) if version == 1 else _read_allocation(top.inner("allocation")),
         achieved_ratio={key: achieved.share(key) for key in ("total", *MODULES)},
         sites=_read_sites(top.list_of("sites")),
-        parameters=top.free("parameters"),
+        parameters=parameters,
         compensation=_read_compensation(top.inner_or_none("compensation")),
+        schema_version=version,
     )
+
+
+def _check_requested(top: Fields, parameters: Mapping[str, Any]) -> None:
+    ratio, asked = top.share("requested_ratio"), parameters.get("pruning_ratio")
+    if type(asked) not in (int, float) or asked != ratio:
+        raise InputError(
+            f"requested_ratio: expected parameters.pruning_ratio ({shortened(asked)}), got {ratio}; "
+            "write the same in both, or make the plan again"
+        )
+
+
+def _spelt_out(parameters: Mapping[str, Any]) -> Allocation | None:
+    """Return the allocation of a plan of version 1, whose parameters may hold anything or nothing."""
+    optional = ("ranking", "attention_factor", "rule", "scope")
+    said = {key: parameters[key] for key in optional if parameters.get(key) is not None}
+    gamma = 1.0 if said.get("ranking") == "joint" else parameters.get("gamma")
+    try:
+        return Allocation(parameters["pruning_ratio"], gamma=gamma, round_to=parameters["round_to"], **said)  # type: ignore[arg-type]
+    except (InputError, KeyError, TypeError, OverflowError):
+        return None
+
+
+def _read_allocation(value: Fields) -> Allocation:
+    first, last = value.wholes("protected_layers", 2, _MOST_LAYERS)
+    kinds = {"ranking": Ranking, "rule": Rule, "scope": Scope}
+    said: dict[str, Any] = {name: value.choice(name, get_args(kind)) for name, kind in kinds.items()}
+    said |= {name: value.above_zero(name, _LARGEST_FACTOR) for name in ("gamma", "attention_factor")}
+    try:
+        return Allocation(
+            value.share("pruning_ratio"),
+            round_to=value.whole("round_to", 1, _MOST_UNITS),
+            protected_layers=(first, last),
+            **said,
+        )
+    except InputError as error:  # alone each is right
+        raise InputError(f"allocation: {error}") from None
 
 
 def _read_compensation(value: Fields | None) -> Compensation | None:

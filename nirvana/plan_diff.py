@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nirvana.allocation import Allocation
 from nirvana.plan import MODULES, Compensation, Plan, PlannedSite
 from nirvana.ranges import to_ranges
 
@@ -40,7 +41,7 @@ class PlanDifference:
     """What `diff_plans` found."""
 
     settings: Mapping[str, Mapping[str, Any]]
-    """Settings that differ, e.g. `parameters.gamma`: the value in `a` and in `b`, left out where the plan has none."""
+    """Settings that differ, e.g. `allocation.gamma`: the value in `a` and in `b`, left out where the plan has none."""
     achieved_ratio: Mapping[str, tuple[float, float]]
     """Total, attention and mlp, of A and of B, equal or not."""
     sites: tuple[SiteDifference, ...]
@@ -113,14 +114,14 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "model.model_type": plan.model_type,
         "model.num_layers": plan.num_layers,
         "calibration.digest": plan.calibration_digest,
-        **({} if plan.compensation is None else _of_compensation(plan.compensation)),
-        "requested_ratio": plan.requested_ratio,
-        **{f"parameters.{key}": value for key, value in sorted(plan.parameters.items())},
+        **({} if plan.compensation is None else _of("compensation", plan.compensation)),
+        **({} if plan.allocation is None else _of("allocation", plan.allocation)),
+        **{f"parameters.{key}": value for key, value in sorted(plan.other_parameters.items())},
     }
 
 
-def _of_compensation(compensation: Compensation) -> dict[str, Any]:
-    return {f"compensation.{key}": value for key, value in asdict(compensation).items()}
+def _of(section: str, values: Compensation | Allocation) -> dict[str, Any]:
+    return {f"{section}.{key}": value for key, value in asdict(values).items()}
 
 
 def _canonical(settings: Mapping[str, Any], key: str) -> str | None:

@@ -1,6 +1,5 @@
 """What a plan comes to: requested and achieved ratio, units and weights, by module and by site."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -12,7 +11,8 @@ def summarise(plan: Plan) -> dict[str, Any]:
     """Return what a plan says and what it comes to, as plain values that JSON can hold.
 
     Returns:
-        `model`, `calibration`, `compensation` and `parameters` as in the plan; `modules`: for total, attention and
+        `model`, `calibration`, `compensation`, `allocation` and `parameters` as in the plan (`allocation` None where a
+        plan of version 1 does not spell it out); `modules`: for total, attention and
         mlp the requested (None where the plan does not say) and achieved ratio, units, kept units, weights and kept
         weights; `sites`: name, module, layer, units, kept units, weights and kept weights.
     """
@@ -42,7 +42,8 @@ def summarise(plan: Plan) -> dict[str, Any]:
         "model": {"digest": plan.model_digest, "model_type": plan.model_type, "num_layers": plan.num_layers},
         "calibration": {"digest": plan.calibration_digest},
         "compensation": None if plan.compensation is None else asdict(plan.compensation),
-        "parameters": dict(plan.parameters),
+        "allocation": None if plan.allocation is None else asdict(plan.allocation),
+        "parameters": plan.other_parameters,
         "modules": modules,
         "sites": sites,
     }
@@ -53,22 +54,14 @@ def requested_rates(plan: Plan) -> dict[str, float]:
 
     Ratio and gamma ask it. A rate that would pass its cap (one KV group, or one `round_to` block of neurons, stays in
     every layer) is clipped there and the other one meets the total, but for the published rule, which knows no caps.
-    A plan whose parameters do not say these has a total only.
+    A plan has a total only where a joint ranking decides, layers are protected, or it does not say.
     """
-    gamma, round_to = _positive(plan.parameters, "gamma"), _positive(plan.parameters, "round_to")
+    asked = plan.allocation
     weights = {m: sum(s.units * s.weights_per_unit for s in plan.sites if s.module == m) for m in MODULES}
-    if gamma is None or round_to is None or not all(weights.values()):
+    if asked is None or asked.ranking == "joint" or any(asked.protected_layers) or not all(weights.values()):
         return {"total": plan.requested_ratio}
     removable: dict[str, float] = dict.fromkeys(MODULES, 0.0)
     for site in plan.sites:
-        removable[site.module] += removable_weights(site.module, site.units, site.weights_per_unit, round_to)
-    caps = None if plan.parameters.get("rule") == "published" else removable
-    return {"total": plan.requested_ratio, **module_rates(weights, caps, plan.requested_ratio, gamma)}
-
-
-def _positive(parameters: Mapping[str, Any], key: str) -> float | None:
-    """Return a number above 0, or None where the plan has something else."""
-    value = parameters.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if 0 < value < 1e18 else None
+        removable[site.module] += removable_weights(site.module, site.units, site.weights_per_unit, asked.round_to)
+    caps = None if asked.rule == "published" else removable
+    return {"total": plan.requested_ratio, **module_rates(weights, caps, plan.requested_ratio, asked.gamma)}

@@ -206,7 +206,9 @@ def unit_saliency(sites: Iterable[Site], sums: Mapping[str, Tensor]) -> dict[str
     for site in sites:
         total = torch.zeros(site.units, dtype=torch.float64)
         for slot in site.weight_slots:
-            total += slot.by_unit(sums[channel_key(slot)], site.units).to(torch.float64).sum(dim=1)
+            total += (
+                sums[channel_key(slot)][slot.span(site.units)].view(site.units, slot.block).to(torch.float64).sum(dim=1)
+            )
         result[site.name] = total.to(torch.float32)
     return result
 

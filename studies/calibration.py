@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from nirvana.allocation import Keep
 from nirvana.files import scratch_directory
+from nirvana.methods.registry import method_named
 from studies.bootstrap import Interval, paired_bootstrap, unpaired_bootstrap
 from studies.comparison import Comparison, Row, Text, Texts
 from studies.lines import Line, perplexity
-from studies.methods import keep_of, method_named, scores_of
+from studies.methods import keep_of, scores_of
 from studies.sources import CORPUS, Source, corpus_source, ids_source
 from studies.spec import Spec
 from studies.store import STUDIES

@@ -22,16 +22,17 @@ from nirvana.allocation import Keep
 from nirvana.architectures.architecture import Architecture
 from nirvana.architectures.registry import describe
 from nirvana.architectures.site import Site
-from nirvana.baselines.flap import bias_compensation
 from nirvana.calibration import calibration_digest
 from nirvana.compensation import RIDGE, compensate
 from nirvana.errors import InputError
 from nirvana.head import head_divergence, token_losses
 from nirvana.input_statistics import InputStatistics, input_statistics
+from nirvana.methods.flap import bias_compensation
+from nirvana.methods.registry import method_named
 from nirvana.projections import output_projections
 from nirvana.walk import Hidden, Stack, final_hidden_states
 from nirvana.weights import model_digest
-from studies.methods import FOLDER, Scores, cached_tensors, keep_of, method_of, scores_of
+from studies.methods import FOLDER, Scores, cached_tensors, keep_of, scores_of
 from studies.store import cached
 from studies.variants import Compensation, Model, Variant, units_key, units_made
 
@@ -191,7 +192,9 @@ class Comparison:
     def scores(self, variant: Variant) -> Scores:
         """Return a method's saliency on the calibration text, computed once for all studies."""
         text = self.texts.calibration
-        return scores_of(method_of(variant), lambda: self.stack, self.model, text.ids, text.digest, variant.seed)
+        return scores_of(
+            method_named(variant.method), lambda: self.stack, self.model, text.ids, text.digest, variant.seed
+        )
 
     def keep(self, variant: Variant) -> Keep:
         """Return which units a method keeps."""

@@ -6,7 +6,7 @@ between families is what their attention and MLP are made of: biases, norms of q
 matrices. Such a model is far from a pretrained one: what holds here is the order of the methods, not their losses.
 
 A layer has four KV groups only. Methods by which every layer loses the same share round the groups down and make up
-for it by neurons (`nirvana.baselines.same_share`): at ratio 0.2 they take no group.
+for it by neurons (`nirvana.allocation`, ranking `layers`): at ratio 0.2 they take no group.
 """
 
 import functools
@@ -22,11 +22,11 @@ import torch
 
 from nirvana.errors import InputError
 from nirvana.files import read_json
+from nirvana.methods.registry import method_named
 from studies import tiny_model
 from studies.comparison import BEST, Comparison, Row, Text, Texts
 from studies.lines import Line, Rows
 from studies.measure import row_or_reason
-from studies.methods import method_named
 from studies.parts import run_parts
 from studies.spec import Spec
 from studies.store import STUDIES

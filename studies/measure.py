@@ -6,10 +6,11 @@ from typing import Any
 from tqdm import tqdm
 
 from nirvana.errors import InputError
+from nirvana.methods.registry import NAMES
 from studies.comparison import Comparison, Row
 from studies.spec import Spec
 from studies.subject import Subject
-from studies.variants import NAMES, Variant
+from studies.variants import Variant
 
 UNREACHABLE = "unreachable"
 """Key of a row that has nothing but names: why there is nothing to judge."""

@@ -8,7 +8,7 @@ import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,39 +17,23 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from nirvana import baselines
-from nirvana.allocation import Keep, Rule, allocate
+from nirvana.allocation import Allocation, Keep, allocate
 from nirvana.architectures.site import Module, Site
-from nirvana.baselines.same_share import allocate_same_share, protected_layers
 from nirvana.errors import InputError
 from nirvana.files import atomic_file
-from nirvana.methods import Method, Scoring
+
+# their code is part of what rows depend on: see studies.store
+from nirvana.methods import fisher, flap, llm_pruner, lm_loss, magnitude, nirvana, random, wanda_sp  # noqa: F401
+from nirvana.methods.method import Method, Scoring
+from nirvana.methods.registry import METHODS, method_named
 from nirvana.walk import Ids, Stack
-from studies import scorers
 from studies.store import STUDIES, study_key
 
 if TYPE_CHECKING:
     from studies.variants import Variant
 
 Tensors = dict[str, NDArray[Any]]
-SHORTGPT = "shortgpt"
-"""It removes whole layers: no method of units, see `nirvana.baselines.shortgpt`."""
-SLICEGPT = "slicegpt"
-"""It removes directions of the residual stream: no method of units, see `nirvana.baselines.slicegpt`."""
-WITHOUT_UNITS = (SHORTGPT, SLICEGPT)
-METHODS: dict[str, Method] = {
-    "nirvana": Method("nirvana", scorers.nirvana, "modules", gamma=3.36, source="arXiv 2509.14230"),
-    "fisher": Method(
-        "fisher",
-        scorers.fisher,
-        "joint",
-        attention_factor=2.0,
-        source="mask Fisher, arXiv 2204.09656; see nirvana.fisher",
-    ),
-    **baselines.METHODS,
-}
-NAMES = (*METHODS, *WITHOUT_UNITS)
-SEEDED = frozenset({"fisher", "random"})
+SEEDED = frozenset(name for name, method in METHODS.items() if method.seeded)
 """Those whose scores depend on the seed: of the labels, of the draw."""
 BOTH = "both"
 """Units of attention and of MLPs may leave."""
@@ -57,25 +41,12 @@ FOLDER = "compare"
 """Where scores are kept, whatever study asks for them."""
 
 
-def method_named(name: str) -> Method:
-    """Return one of `METHODS`.
-
-    Raises:
-        InputError: If there is none of that name, or it is one that removes no units.
-    """
-    if name in WITHOUT_UNITS:
-        raise InputError(f"methods: expected some that remove units, got {name}; leave it out")
-    if name not in METHODS:
-        raise InputError(f"methods: expected some of {', '.join(NAMES)}, got {name!r}; correct the name")
-    return METHODS[name]
-
-
-def method_of(variant: "Variant") -> Method:
-    """Return a variant's method with what the variant changes of it."""
+def allocation_of(variant: "Variant", round_to: int) -> Allocation:
+    """Return what a variant asks for: its method's own, but for what it changes; `round_to` unless it says another."""
     method = method_named(variant.method)
-    gamma = method.gamma if variant.gamma is None else variant.gamma
-    factor = method.attention_factor if variant.attention_factor is None else variant.attention_factor
-    return replace(method, gamma=gamma, attention_factor=factor)
+    changed = {name: getattr(variant, name) for name in ("gamma", "attention_factor", "round_to")}
+    changed = {name: value for name, value in changed.items() if value is not None}
+    return method.allocation(variant.ratio, **{"round_to": round_to, "rule": variant.rule} | changed)
 
 
 def keep_of(
@@ -92,53 +63,13 @@ def keep_of(
     Raises:
         InputError: If the ratio cannot be reached, or no layer is left to prune.
     """
-    method, round_to = method_of(variant), variant.round_to or round_to
+    method, asked = method_named(variant.method), allocation_of(variant, round_to)
     if variant.where == BOTH:
-        return allocate_for(method, sites, saliency, variant.ratio, round_to, variant.rule)
-    if method.ranking == "joint":
+        return allocate(sites, saliency, asked, per_weight=method.per_weight)
+    if asked.ranking == "joint" and not method.per_weight:
         saliency = {site.name: saliency[site.name] / np.float32(site.weights_per_unit) for site in sites}
-    return keep_elsewhere(sites, saliency, "mlp" if variant.where == "mlp" else "attention", variant.ratio, round_to)
-
-
-def allocate_for(
-    method: Method,
-    sites: Sequence[Site],
-    saliency: Mapping[str, NDArray[np.float32]],
-    ratio: float,
-    round_to: int = 8,
-    rule: Rule = "exact",
-) -> Keep:
-    """Return which units stay when a method has to meet a ratio.
-
-    Args:
-        method: Its ranking, gamma, attention factor and protected layers decide.
-        sites: Where units live, in walk order.
-        saliency: Unit saliency by site name.
-        ratio: Share of all block weights that leaves, protected layers included.
-        round_to: Kept neurons of a layer are a multiple of this (or all of them).
-        rule: How ranking `modules` counts; see `nirvana.allocation.allocate`.
-
-    Raises:
-        InputError: If the ratio cannot be reached, or no layer is left to prune.
-    """
-    layers = sorted({site.layer for site in sites})
-    protected = protected_layers(method.protected, len(layers))
-    if method.ranking == "layers":
-        return allocate_same_share(sites, saliency, ratio, method.gamma, round_to, protected)
-    inner = [site for site in sites if site.layer in layers[protected[0] : len(layers) - protected[1]]]
-    if not inner:
-        raise InputError(f"{method.name}: expected layers beside the {sum(protected)} protected ones, got none")
-    share = ratio * (sum(site.weights for site in sites) / sum(site.weights for site in inner))
-    whole = {site.name: np.arange(site.units, dtype=np.int64) for site in sites}
-    return whole | allocate(
-        inner,
-        saliency,
-        share,
-        method.gamma,
-        round_to,
-        rule,
-        ranking=method.ranking,
-        attention_factor=method.attention_factor,
+    return keep_elsewhere(
+        sites, saliency, "mlp" if variant.where == "mlp" else "attention", variant.ratio, asked.round_to
     )
 
 
@@ -169,9 +100,8 @@ def keep_elsewhere(
     whole = {site.name: np.arange(site.units, dtype=np.int64) for site in sites}
     if module == "attention":
         return whole | _groups(of, saliency, ratio * total)
-    # one list of units "by saliency a weight" is one list by saliency where that was multiplied first
-    raw = {site.name: saliency[site.name] * np.float32(site.weights_per_unit) for site in of}
-    return whole | allocate(of, raw, ratio * total / own, 1.0, round_to, ranking="joint")
+    asked = Allocation(ratio * total / own, ranking="joint", round_to=round_to)
+    return whole | allocate(of, saliency, asked, per_weight=True)
 
 
 def _groups(sites: Sequence[Site], saliency: Mapping[str, NDArray[np.float32]], target: float) -> Keep:

@@ -25,15 +25,15 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nirvana.allocation import achieved_ratio, allocate
+from nirvana.allocation import Allocation, achieved_ratio, allocate
 from nirvana.architectures.site import Site
 from nirvana.files import read_json
 from nirvana.loading import load_model
-from nirvana.methods import Scoring
+from nirvana.methods.method import Scoring
+from nirvana.methods.registry import method_named
 from nirvana.walk import Stack
 from nirvana.weights import model_digest
 from studies.lines import Line, Rows
-from studies.methods import method_named
 from studies.parts import run_parts
 from studies.spec import Spec
 from studies.store import STUDIES, cached
@@ -195,7 +195,7 @@ class Trained:
         model = copy.deepcopy(self.model)
         if method == DENSE:
             return model, 0.0
-        keep = allocate(self.sites, self.scores[method], ratio, self.settings.gamma, round_to=1)
+        keep = allocate(self.sites, self.scores[method], Allocation(ratio, gamma=self.settings.gamma, round_to=1))
         mask_units(model, self.sites, keep)
         return model, achieved_ratio(self.sites, {name: len(kept) for name, kept in keep.items()})["total"]
 

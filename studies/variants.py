@@ -18,11 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nirvana.allocation import Keep, Rule, achieved_ratio
-from nirvana.baselines.shortgpt import write_shortgpt
-from nirvana.baselines.slicegpt import slicegpt, slicegpt_hidden_states
-from nirvana.baselines.slicegpt_size import check_can_be_sliced, dimension_for, sliced_size
 from nirvana.errors import InputError
 from nirvana.files import scratch_directory
+from nirvana.methods.registry import SHORTGPT, SLICEGPT, method_named
+from nirvana.methods.shortgpt import write_shortgpt
+from nirvana.methods.slicegpt import slicegpt, slicegpt_hidden_states
+from nirvana.methods.slicegpt_size import check_can_be_sliced, dimension_for, sliced_size
 from nirvana.plan import Compensation as PlannedCompensation
 from nirvana.plan import Plan
 from nirvana.ranges import to_ranges
@@ -30,7 +31,7 @@ from nirvana.slicing import Slicer
 from nirvana.surgery import prune
 from nirvana.walk import Hidden, Stack, TokenIds, final_hidden_states
 from studies.biases import write_with_biases
-from studies.methods import BOTH, METHODS, SEEDED, SHORTGPT, SLICEGPT, method_named
+from studies.methods import BOTH, SEEDED, allocation_of
 from studies.rounding import PRECISIONS, STORED, quantised_hidden_states, stored_bytes
 from studies.store import STUDIES
 
@@ -181,7 +182,7 @@ class _Units:
 
     def check(self, on: "Comparison", variant: Variant) -> None:
         method = method_named(variant.method)
-        if variant.where != BOTH and (method.ranking == "layers" or any(method.protected)):
+        if variant.where != BOTH and (method.ranking == "layers" or any(method.protected_layers)):
             raise InputError(
                 f"{variant.method}: expected a method that ranks the units of all layers together; leave it out"
             )
@@ -211,7 +212,8 @@ class _Units:
             model_digest=on.model,
             model_type=on.stack.architecture.model_type,
             calibration_digest=on.texts.calibration.digest,
-            parameters={"pruning_ratio": variant.ratio, "method": variant.method},
+            allocation=allocation_of(variant, on.round_to),
+            parameters={"method": variant.method},
             compensation=planned,
         )
         pruned = directory / "pruned" if biases else target
@@ -285,8 +287,6 @@ class _SliceGpt:
 
 KINDS: dict[str, Kind] = {DENSE: _Dense(), SHORTGPT: _ShortGpt(), SLICEGPT: _SliceGpt()}
 _UNITS: Kind = _Units()
-NAMES = (*METHODS, SHORTGPT, SLICEGPT)
-"""Every method that a study may name."""
 
 
 def _refuse_changes(variant: Variant) -> None:

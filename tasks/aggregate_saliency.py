@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from nirvana.architectures.registry import architecture_for, read_config
 from nirvana.files import atomic_directory
+from nirvana.methods.registry import METHODS
 from nirvana.saliency import unit_saliency
 
 if TYPE_CHECKING:
@@ -15,10 +16,11 @@ if TYPE_CHECKING:
 
 
 def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
-    """Write `candidate_NNN.safetensors` for each candidate: one vector a site; `fisher` collects these already."""
+    """Write `candidate_NNN.safetensors` for each candidate: one vector a site; only channel sums have to be summed."""
     sites = architecture_for(read_config(inputs["model"])).sites()
     with atomic_directory(outputs["unit_saliency"]) as directory:
         for file in sorted(inputs["channel_saliency"].glob("candidate_*.safetensors")):
             collected = load_file(file)
-            units = collected if params.saliency.method == "fisher" else unit_saliency(sites, collected)
+            by_channel = METHODS[params.saliency.method].by_channel
+            units = unit_saliency(sites, collected) if by_channel else collected
             save_file(units, directory / file.name)

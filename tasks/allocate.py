@@ -35,8 +35,7 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
     chosen = best_candidates(scores, averaged)
     calibration = [torch.cat([pool[index] for index in chosen]) for pool in read_ids(inputs["candidates"])]
     idle = _warn_of_idle_experts(architecture.sites(), saliency)
-    keep = allocate_as_asked(architecture, saliency, params.allocation)
-    allocation, compensation = params.allocation, None
+    keep, compensation = allocate_as_asked(architecture, saliency, params), None
     if params.compensation.method == "least_squares":
         fitted_on = calibration_digest(as_streams(read_ids(inputs["compensation_ids"])))
         compensation = Compensation(params.compensation.ridge, fitted_on)
@@ -46,17 +45,8 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
         model_digest=model_digest(inputs["model"]),
         model_type=architecture.config.model_type,
         calibration_digest=calibration_digest(tuple(calibration)),
-        parameters={
-            "method": params.saliency.method,
-            "candidates_averaged": averaged,
-            "pruning_ratio": allocation.pruning_ratio,
-            "ranking": allocation.ranking,
-            "gamma": allocation.gamma if allocation.ranking == "modules" else None,
-            "attention_factor": allocation.attention_factor if allocation.ranking == "joint" else None,
-            "round_to": allocation.round_to,
-            "rule": allocation.rule,
-            "scope": allocation.scope,
-        },
+        allocation=params.allocation,
+        parameters={"method": params.saliency.method, "candidates_averaged": averaged},
         compensation=compensation,
     )
     with atomic_file(outputs["allocation"]) as temporary:

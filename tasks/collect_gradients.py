@@ -1,6 +1,6 @@
-"""Step: one backward walk a candidate -> what units are scored from. Gradients themselves are never stored.
+"""Step: what units of each candidate are scored from. Gradients themselves are never stored.
 
-For `saliency.method: nirvana` these are channel sums, for `fisher` the units' own values.
+For `saliency.method: nirvana` these are channel sums, for other methods the units' own scores.
 """
 
 import functools
@@ -14,7 +14,11 @@ from safetensors.torch import load, save
 
 from nirvana.device import resolve_device
 from nirvana.files import atomic_directory
-from nirvana.fisher import mask_fisher
+
+# a method's code is found by its name: imported here so that it is a dependency of this step
+from nirvana.methods import fisher, flap, llm_pruner, lm_loss, magnitude, nirvana, random, wanda_sp  # noqa: F401
+from nirvana.methods.method import Method, Scoring
+from nirvana.methods.registry import method_named
 from nirvana.projections import output_projections
 from nirvana.saliency import channel_key, channel_saliency
 from nirvana.walk import Execution, Stack
@@ -29,13 +33,14 @@ if TYPE_CHECKING:
 
 
 def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
-    """Write `candidate_NNN.safetensors` for each candidate: one vector a weight slot, or for `fisher` a site."""
+    """Write `candidate_NNN.safetensors` for each candidate: one vector a weight slot, or a site."""
     device = resolve_device(params.runtime.device)
-    method = params.saliency.method
+    method = method_named(params.saliency.method)
+    seed = params.calibration.seed if method.seeded else None
     expected = _expected_sizes(inputs["model"], method)
     candidates = read_ids(inputs["candidates"])
     digest = model_digest(inputs["model"])
-    work = {"microbatch": params.saliency.microbatch, "saliency": method, "draws": params.saliency.draws}
+    work = {"microbatch": params.saliency.microbatch, "saliency": method.name, "draws": params.saliency.draws}
     way = chosen_way(params, inputs["model"], candidates, device, len(candidates[0]), **work)
     jobs = []
     for index in range(len(candidates[0])):
@@ -43,8 +48,9 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
             "channel_saliency",
             model=digest,
             ids=[part[index].tolist() for part in candidates],
-            method=method,
-            draws=params.saliency.draws if method == "fisher" else None,
+            method=method.name,
+            draws=params.saliency.draws if method.seeded else None,
+            seed=seed,
             microbatch=params.saliency.microbatch,
             threads=params.compute.threads,
             device=device.type,
@@ -52,7 +58,8 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
         files = {name: inputs[name] for name in ("model", "candidates")}
         arguments = {
             "digest": digest,
-            "method": method,
+            "method": method.name,
+            "seed": seed or 0,
             "draws": params.saliency.draws,
             "microbatch": params.saliency.microbatch,
             "execution": way.execution,
@@ -84,20 +91,24 @@ def _collect(job: Job, device: str, progress: Progress) -> bytes:
     given = job.arguments
     stack = _open(job.files["model"], given["digest"], device, given["execution"])
     ids = tuple(part[job.index] for part in read_ids(job.files["candidates"]))
-    share = 1 / (2 * stack.num_layers)
-    if given["method"] == "fisher":
-        values = mask_fisher(stack, ids, given["microbatch"], given["draws"], on_layer=lambda layer: progress(share))
-        return save(dict(sorted(values.items())))
+    method = method_named(given["method"])
+    share = 1 / (max(1, method.walks) * stack.num_layers)
+    if not method.by_channel:
+        scoring = Scoring(
+            given["microbatch"], given["seed"], given["draws"], given["memory"], lambda layer: progress(share)
+        )
+        return save({name: each.contiguous() for name, each in sorted(method.scorer(stack, ids, scoring).items())})
     result = channel_saliency(stack, ids, given["microbatch"], lambda layer: progress(share), given["memory"])
     # safetensors writes keys in a stable order: same values, same bytes
     return save(dict(sorted(result.sums.items())), {"objective": repr(result.objective)})
 
 
-def _expected_sizes(model: Path, method: str) -> dict[str, int]:
+def _expected_sizes(model: Path, method: Method) -> dict[str, int]:
     stack = Stack.open(model)
     sites, weights = stack.architecture.sites(), stack.weights
-    if method == "fisher":
+    if method.needs_projections:
         output_projections(stack.architecture)  # a family without them is refused before any forward
+    if not method.by_channel:
         return {site.name: site.units for site in sites}
     slots = [slot for site in sites for slot in site.weight_slots]
     return {channel_key(slot): weights.shape(slot.parameter)[slot.dim] for slot in slots}

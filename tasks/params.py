@@ -1,8 +1,8 @@
 """The one reader of params.yaml: a frozen, validated dataclass a section.
 
 Every key must be present and no other may be: an experiment is what its params.yaml says, not what a default
-says behind its back. The one thing that speaks for others is `method.preset`: it fills in the keys of `PRESETS` that
-are null. A field's `description` is what the error message calls "expected".
+says behind its back. Only `method.preset` and `saliency.method` speak for others: they fill in keys that are null
+(`nirvana.presets`). A field's `description` is what the error message calls "expected".
 """
 
 import difflib
@@ -24,7 +24,10 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
+from nirvana import allocation
 from nirvana.errors import InputError
+from nirvana.methods.registry import METHODS
+from nirvana.presets import PRESETS, resolve_presets
 from tasks.sources.source import parse_source
 
 PARAMS_FILE = Path("params.yaml")
@@ -36,25 +39,6 @@ _DEEPEST = 8  # levels of brackets; a section's list is the second
 _MOST_VALUES = 10_000  # in all, however often an alias repeats them
 _LONGEST_TEXT = 1000  # characters
 _LONGEST_PATH, _LONGEST_NAME = 4096, 255  # bytes: PATH_MAX and NAME_MAX of Linux
-
-# what a preset says where params.yaml says null
-PRESETS: dict[str, dict[str, Any]] = {
-    "nirvana": {
-        "calibration.averaged": 1,
-        "saliency.method": "nirvana",
-        "allocation.ranking": "modules",
-        "compensation.method": "none",
-        "compensation.self_generated": 0,
-    },
-    "best": {
-        "calibration.averaged": 6,
-        "saliency.method": "fisher",
-        "allocation.ranking": "joint",
-        "compensation.method": "least_squares",
-        "compensation.self_generated": 96,
-    },
-}
-
 
 # A check's ValueError is what its message says after the key: expected, got, remedy.
 
@@ -126,6 +110,14 @@ def _whole(least: int, most: int, unit: str = "") -> Any:
     return Field(strict=True, ge=least, le=most, description=f"a whole number from {least} to {most}{unit}")
 
 
+def _one_of(names: Collection[str], more: str = "") -> Any:
+    """Return what allows these names only."""
+    listed = [*names]
+    return Field(
+        strict=True, pattern=f"^({'|'.join(listed)})$", description=f"{', '.join(listed[:-1])} or {listed[-1]}{more}"
+    )
+
+
 # What no machine or model can use. Bounds that depend on the model or the corpus are tasks/check.py's.
 _LONGEST_CONTEXT = 2**20  # tokens: the longest context that a model of our families was published with
 _MOST_AT_ONCE = 2**16  # sequences in a forward: with one token each they would still be a matrix of gigabytes
@@ -172,6 +164,12 @@ Address = Annotated[
         description="the address of a Dask scheduler such as tcp://HOST:8786, or null",
     ),
 ]
+_Layers = Annotated[int, Field(strict=True, ge=0, le=1024)]
+FirstAndLast = Annotated[
+    tuple[_Layers, _Layers],
+    BeforeValidator(_to_tuple),
+    Field(description="two whole numbers from 0 to 1024 such as [3, 1], or null for the method's"),
+]
 Names = Annotated[
     tuple[Text, ...],
     BeforeValidator(_to_tuple),
@@ -209,7 +207,7 @@ class Corpus:
 class Method:
     """What fills in the keys that are null."""
 
-    preset: Annotated[Literal["nirvana", "best"], Field(description="nirvana or best")]
+    preset: Annotated[str, _one_of(PRESETS)]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -234,36 +232,25 @@ class Calibration:
 class Saliency:
     """How units are scored; `microbatch` in sequences, `draws` in label sequences a calibration sequence."""
 
-    method: Annotated[Literal["nirvana", "fisher"], Field(description="nirvana or fisher, or null for the preset's")]
+    method: Annotated[str, _one_of(METHODS, ", or null for the preset's")]
     microbatch: AtOnce
     draws: Draws
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Allocation:
-    """How many units leave, and where."""
+class Allocation(allocation.Allocation):
+    """How many units leave, and where; every key has to be given, or null for what the method has."""
 
     pruning_ratio: Ratio
-    ranking: Annotated[Literal["modules", "joint"], Field(description="modules or joint, or null for the preset's")]
-    gamma: Positive
-    attention_factor: Positive
-    round_to: Multiple
-    rule: Annotated[Literal["exact", "published"], Field(description="exact or published")]
-    scope: Annotated[Literal["global", "uniform"], Field(description="global or uniform")]
-
-    @model_validator(mode="after")
-    def _rule_fits_scope(self) -> "Allocation":
-        if self.scope == "uniform" and self.rule == "published":
-            raise ValueError(
-                "expected rule exact with scope uniform, got published, which ranks over all layers; "
-                "change rule to exact or scope to global"
-            )
-        if self.ranking == "joint" and self.rule == "published":
-            raise ValueError(
-                "expected rule exact with ranking joint, got published, which ranks each module by itself; "
-                "change rule to exact or ranking to modules"
-            )
-        return self
+    ranking: Annotated[allocation.Ranking, Field(description="modules, joint or layers, or null for the method's")] = (
+        Field()
+    )
+    gamma: Positive = Field()
+    attention_factor: Positive = Field()
+    round_to: Multiple = Field()
+    rule: Annotated[allocation.Rule, Field(description="exact or published")] = Field()
+    scope: Annotated[allocation.Scope, Field(description="global or uniform")] = Field()
+    protected_layers: FirstAndLast = Field()
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -392,10 +379,11 @@ class Params:
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "Params":
-        if self.allocation.ranking == "joint" and self.saliency.method != "fisher":
+        own = METHODS[self.saliency.method].ranking
+        if self.allocation.ranking == "joint" != own:
             raise ValueError(
-                f"allocation.ranking: expected modules with saliency.method {self.saliency.method}, whose values "
-                "cannot be compared between attention and MLP, got joint; change ranking to modules or method to fisher"
+                f"allocation.ranking: expected {own} with saliency.method {self.saliency.method}, whose values "
+                f"cannot be compared between attention and MLP, got joint; change ranking to {own} or method to fisher"
             )
         if self.calibration.averaged > self.calibration.pool_size:
             raise ValueError(
@@ -427,31 +415,16 @@ def parse_params(values: Any, name: str = PARAMS_FILE.name) -> Params:
             f"{name}: expected the sections {', '.join(SECTIONS)}, got {_given(values)}; write them as in params.yaml"
         )
     try:
-        return TypeAdapter(Params).validate_python(_with_preset(values))
+        return TypeAdapter(Params).validate_python(_resolved(values))
     except ValidationError as error:
         raise InputError(f"{name}: {_explain(error)}") from None
 
 
-def _with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill in what the preset says; anything odd is left for the validation to name."""
-    filled = dict(values)
-    method = filled.get("method")
-    preset = method.get("preset") if isinstance(method, Mapping) else None
-    said = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
-    for dotted, value in said.items():
-        section, key = dotted.split(".")
-        given = filled.get(section)
-        if isinstance(given, Mapping) and key in given and given[key] is None:
-            if dotted == "calibration.averaged" and isinstance(given.get("pool_size"), int):
-                value = min(value, given["pool_size"])
-            filled[section] = {**given, key: value}
-    return filled
-
-
-def in_words_of_the_preset(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return flat parameters, by dotted key, with those that are null as their preset says."""
-    preset = PRESETS.get(str(values.get("method.preset")), {})
-    return {key: preset.get(key) if value is None and key in preset else value for key, value in values.items()}
+def _resolved(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in what preset and method say; anything odd is left for the validation to name."""
+    sections = {name: keys for name, keys in values.items() if isinstance(keys, Mapping)}
+    flat = resolve_presets({f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()})
+    return {**values, **{name: {key: flat[f"{name}.{key}"] for key in keys} for name, keys in sections.items()}}
 
 
 def _read_yaml(path: Path) -> Any:
@@ -539,7 +512,7 @@ def _explain(error: ValidationError) -> str:
         close = difflib.get_close_matches(str(location[-1]), known, n=1)
         remedy = f"did you mean {close[0]}?" if close else "correct it"
         return f"{_shortened(dotted)}: unknown key, expected one of {', '.join(known)}; {remedy}"
-    if problem["type"] in ("missing", "missing_argument"):
+    if problem["type"] in ("missing", "missing_argument") and len(problem["loc"]) <= 2:
         return f"{dotted}: expected {_expectation(section, key)}, the key is missing; add it"
     if problem["type"] == "value_error":
         return f"{dotted}: {problem['ctx']['error']}"

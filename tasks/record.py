@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from nirvana.errors import InputError
 from nirvana.files import read_json, write_json
-from tasks.params import in_words_of_the_preset
+from nirvana.presets import resolve_presets
 from tasks.tracking.mlflow_names import LONGEST_SOURCE, LONGEST_TAG, NAMES_AT_ONCE, fit_names, fit_value
 from tasks.tracking.mlflow_store import is_reachable_default, open_store, public_uri, store_fault, stored_values
 from tasks.tracking.redaction import redact
@@ -54,7 +54,7 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
     with open_store() as (client, experiment_id):
         _drop_damaged(client)
         run_id, is_new = _find_or_create(client, experiment_id, digest, inputs)
-        _log_parameters(client, run_id, in_words_of_the_preset(parameters(stages)))
+        _log_parameters(client, run_id, resolve_presets(parameters(stages)))
         _log_metrics(client, run_id, inputs)
         _log_datasets(client, run_id, stages)
         for tag, value in _references(stages).items():
@@ -185,7 +185,7 @@ def _find_or_create(
     if found:
         return found[0].info.run_id, False
     plan = read_json(inputs["plan"])
-    name = f"{plan['model']['model_type']} {plan['requested_ratio']:.0%} {digest[:7]}"
+    name = f"{plan['model']['model_type']} {plan['allocation']['pruning_ratio']:.0%} {digest[:7]}"
     return client.create_run(experiment_id, tags={DIGEST_TAG: digest, **_origin()}, run_name=name).info.run_id, True
 
 
@@ -216,7 +216,7 @@ def _log_metrics(client: "MlflowClient", run_id: str, inputs: Mapping[str, Path]
 def _scalars(inputs: Mapping[str, Path]) -> Iterator[tuple[str, float]]:
     plan = read_json(inputs["plan"])
     documents = {
-        "plan": {key: plan[key] for key in ("requested_ratio", "achieved_ratio")},
+        "plan": {"requested_ratio": plan["allocation"]["pruning_ratio"], "achieved_ratio": plan["achieved_ratio"]},
         "selection": {key: value for key, value in read_json(inputs["selection"]).items() if key != "scores"},
         **{name: read_json(inputs[name]) for name in ("recovery", "evaluation", "evaluation_dense", "benchmark")},
         "kl_divergence": _divergence(inputs),

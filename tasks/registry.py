@@ -122,7 +122,7 @@ STEPS: tuple[Step, ...] = (
         "collect_gradients",
         ("model", "candidates"),
         {"channel_saliency": Out("artifacts/channel_saliency")},
-        ("saliency", "compute", _PRESET),
+        ("saliency", "calibration.seed", "compute", _PRESET),
     ),
     Step(
         "aggregate_saliency",
@@ -134,7 +134,7 @@ STEPS: tuple[Step, ...] = (
         "score_pool",
         ("model", "heldout", "unit_saliency"),
         {"kl_scores": Out("reports/kl_scores.csv"), "selection": Out("artifacts/selection.json", metric=True)},
-        ("allocation", "compute", _PRESET),
+        ("allocation", "saliency.method", "compute", _PRESET),
     ),
     Step(
         "allocate",

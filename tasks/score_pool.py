@@ -38,7 +38,7 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
     jobs = []
     for index, file in enumerate(scored):
         # allocated here, before any forward: a ratio that cannot be reached is an error at once
-        keep = allocate_as_asked(architecture, read_unit_saliency(file), params.allocation)
+        keep = allocate_as_asked(architecture, read_unit_saliency(file), params)
         ranges = {name: to_ranges(indices) for name, indices in keep.items()}
         key = candidate_key(
             "kl_divergence",

@@ -12,9 +12,10 @@ from safetensors.numpy import load_file
 from nirvana.allocation import Keep, allocate
 from nirvana.architectures.architecture import Architecture
 from nirvana.checkpoint.config import loadable_kv_groups
+from nirvana.methods.registry import METHODS
 
 if TYPE_CHECKING:
-    from tasks.params import Allocation
+    from tasks.params import Params
 
 
 def candidate_files(directory: Path) -> list[Path]:
@@ -41,19 +42,12 @@ def averaged_saliency(files: Sequence[Path], scores: Sequence[float], count: int
     return {name: values.astype(np.float32) for name, values in means.items()}
 
 
-def allocate_as_asked(
-    architecture: Architecture, saliency: dict[str, NDArray[np.float32]], allocation: "Allocation"
-) -> Keep:
-    """Return the kept units for the `allocation` section of params.yaml."""
+def allocate_as_asked(architecture: Architecture, saliency: dict[str, NDArray[np.float32]], params: "Params") -> Keep:
+    """Return the kept units for the sections `allocation` and `saliency` of params.yaml."""
     return allocate(
         architecture.sites(),
         saliency,
-        pruning_ratio=allocation.pruning_ratio,
-        gamma=allocation.gamma,
-        round_to=allocation.round_to,
-        rule=allocation.rule,
-        scope=allocation.scope,
-        ranking=allocation.ranking,
-        attention_factor=allocation.attention_factor,
-        loadable_kv_groups=functools.partial(loadable_kv_groups, architecture),
+        params.allocation,
+        functools.partial(loadable_kv_groups, architecture),
+        per_weight=METHODS[params.saliency.method].per_weight,
     )

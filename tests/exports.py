@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import random_keep, save_family, tiny_tokenizer
 
+from nirvana.allocation import Allocation
 from nirvana.calibration import calibration_digest
 from nirvana.checkpoint.digests import DIGESTS_NAME
 from nirvana.export.export import Options, export_checkpoint
@@ -36,7 +37,7 @@ def write_plan(root: Path, keep) -> Plan:
         model_digest=model_digest(root / "dense"),
         model_type=stack.architecture.config.model_type,
         calibration_digest="sha256:none",
-        parameters={"pruning_ratio": 0.4, "gamma": 1.5, "round_to": 4},
+        allocation=Allocation(0.4, gamma=1.5, round_to=4),
     )
     (root / "pruned").mkdir(exist_ok=True)
     (root / "pruned" / DIGESTS_NAME).unlink(missing_ok=True)

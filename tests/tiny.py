@@ -273,6 +273,7 @@ def masked_dense(path: Path, keep, eager: bool = False):
 
 def pruned_checkpoint(model: Path, keep, target: Path):
     """Prune a model to the given units, and return it loaded."""
+    from nirvana.allocation import Allocation
     from nirvana.loading import load_model
     from nirvana.plan import Plan
     from nirvana.surgery import prune
@@ -286,7 +287,7 @@ def pruned_checkpoint(model: Path, keep, target: Path):
         model_digest=model_digest(model),
         model_type="any",
         calibration_digest="sha256:none",
-        parameters={"pruning_ratio": 0.4},
+        allocation=Allocation(0.4),
     )
     prune(model, plan, target)
     return load_model(target)

@@ -134,6 +134,7 @@ class Kinds:
         sys.path.insert(0, str(ROOT / "tests"))  # the makers of tiny models
         from tiny import family_configs, random_keep, t5_configs, tiny_corpus, tiny_llama
 
+        from nirvana.allocation import Allocation
         from nirvana.plan import Plan
         from nirvana.walk import Stack
         from nirvana.weights import model_digest
@@ -145,10 +146,8 @@ class Kinds:
         model = tiny_llama(home / "llama")
         sites = Stack.open(model).architecture.sites()
         origin: dict[str, Any] = {"model_digest": model_digest(model), "calibration_digest": "sha256:none"}
-        parameters = {"pruning_ratio": 0.4, "gamma": 3.36, "round_to": 8}
-        Plan.build(sites, random_keep(sites), model_type="llama", **origin, parameters=parameters).write(
-            home / "plan.json"
-        )
+        asked = Allocation(0.4, gamma=3.36, round_to=8)
+        Plan.build(sites, random_keep(sites), model_type="llama", **origin, allocation=asked).write(home / "plan.json")
         self.plan_text = (home / "plan.json").read_bytes()
         self.configs = [
             json.dumps(config.to_dict(), default=str).encode()

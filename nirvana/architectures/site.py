@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor
 
 Module = Literal["attention", "mlp"]
 
@@ -44,9 +42,9 @@ class Slot:
         """Return the indices along `dim` that some units own, unit by unit."""
         return (self.base + units[:, None] * self.block + np.arange(self.block)).ravel()
 
-    def by_unit(self, values: Float[Tensor, " size"], units: int) -> Float[Tensor, "units block"]:
-        """Return what the slot's units own of values that stand along `dim`, a row a unit."""
-        return values[self.base : self.base + units * self.block].view(units, self.block)
+    def span(self, units: int) -> slice:
+        """Return what the slot's units own of the indices along `dim`, `block` a unit."""
+        return slice(self.base, self.base + units * self.block)
 
 
 @dataclass(frozen=True)

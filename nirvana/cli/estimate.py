@@ -6,8 +6,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from nirvana.presets import COMPENSATION_SEQUENCES, PRESETS
+
 Preset = Literal["nirvana", "best"]
-BEST: dict[str, Any] = {"saliency": "fisher", "compensation_sequences": 160, "self_generated": 96}
+_BEST = PRESETS["best"]
+BEST: dict[str, Any] = {
+    "saliency": _BEST["saliency.method"],
+    "compensation_sequences": COMPENSATION_SEQUENCES,
+    "self_generated": _BEST["compensation.self_generated"],
+}
 """What the preset of that name asks of the steps."""
 
 EPILOG = (

@@ -33,6 +33,8 @@ def show(path: Path, plan: Plan) -> None:
     facts.add_row("model", _text(f"{model['model_type']}, {model['num_layers']} layers, {_digest(model['digest'])}"))
     facts.add_row("calibration", _text(_digest(content["calibration"]["digest"])))
     facts.add_row("compensation", _text(_compensation(content["compensation"])))
+    if content["allocation"]:
+        facts.add_row("allocation", _text(", ".join(f"{key} {_value(v)}" for key, v in content["allocation"].items())))
     facts.add_row("parameters", _text(", ".join(f"{key} {_value(v)}" for key, v in content["parameters"].items())))
     modules = _table("module", ">requested", ">achieved", ">units kept", ">weights kept")
     for module in (*MODULES, "total"):

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -23,7 +22,8 @@ class Workload:
     microbatch: int = 2
     heldout_sequences: int = 8
     heldout_length: int = 128
-    saliency: Literal["nirvana", "fisher"] = "nirvana"
+    saliency: str = "nirvana"
+    """Name of the method that scores; of `nirvana.methods.registry`."""
     draws: int = 2
     """Of `fisher`: label sequences a calibration sequence."""
     pruning_ratio: float = 0.2

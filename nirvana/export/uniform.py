@@ -6,6 +6,7 @@ not come along.
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from nirvana.allocation import Ranking, allocate
+from nirvana.allocation import allocate
 from nirvana.checkpoint.config import loadable_kv_groups
 from nirvana.errors import InputError
 from nirvana.export.hf import TOLERANCE, every_position, measure_in_transformers
 from nirvana.export.source import Format, Options, Source
 from nirvana.files import sha256_file
+from nirvana.methods.registry import METHODS
 from nirvana.plan import Plan
 from nirvana.surgery import prune
 
@@ -45,29 +47,20 @@ def _write(source: Source, options: Options, directory: Path) -> Plan:
 
 def _uniform_plan(source: Source, saliency: dict[str, NDArray[np.float32]], saliency_digest: str) -> Plan:
     """Allocate again from what the checkpoint's plan says it was asked for."""
-    asked = source.plan.parameters
-    architecture = source.dense.architecture
-    try:
-        ratio, round_to = float(asked["pruning_ratio"]), int(asked["round_to"])
-        ranking: Ranking = "joint" if asked.get("ranking") == "joint" else "modules"
-        gamma = 1.0 if ranking == "joint" else float(asked["gamma"])  # a joint ranking has none
-        attention_factor = float(asked.get("attention_factor") or 1)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    asked, architecture = source.plan.allocation, source.dense.architecture
+    if asked is None:
         raise InputError(
-            f"uniform: expected a plan with the parameters pruning_ratio, gamma and round_to, got one without "
-            f"({error!r:.60}); make the plan with the allocate step"
-        ) from error
+            "uniform: expected a plan with the parameters pruning_ratio, gamma and round_to, got one without; "
+            "make the plan with the allocate step"
+        )
+    allocation = replace(asked, rule="exact", scope="uniform")
+    method = METHODS.get(str(source.plan.parameters.get("method")))
     keep = allocate(
         architecture.sites(),
         saliency,
-        pruning_ratio=ratio,
-        gamma=gamma,
-        round_to=round_to,
-        rule="exact",
-        scope="uniform",
-        ranking=ranking,
-        attention_factor=attention_factor,
-        loadable_kv_groups=functools.partial(loadable_kv_groups, architecture),
+        allocation,
+        functools.partial(loadable_kv_groups, architecture),
+        per_weight=method is not None and method.per_weight,
     )
     return Plan.build(
         architecture.sites(),
@@ -76,7 +69,8 @@ def _uniform_plan(source: Source, saliency: dict[str, NDArray[np.float32]], sali
         model_type=source.plan.model_type,
         # the file says which units matter, not which text told: it may be another candidate's
         calibration_digest=f"unit saliency sha256:{saliency_digest}",
-        parameters=dict(asked) | {"rule": "exact", "scope": "uniform"},
+        allocation=allocation,
+        parameters=source.plan.other_parameters,
     )
 
 

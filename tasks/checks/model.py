@@ -90,16 +90,17 @@ def _check_lengths(params: "Params", config: Any) -> None:
 
 
 def _check_method(params: "Params", architecture: "Architecture") -> None:
-    """Mask Fisher and compensation look at what enters a unit's output matrix: it has to be a module."""
+    """Some methods and compensation look at what enters a unit's output matrix: it has to be a module."""
+    from nirvana.methods.registry import METHODS
     from nirvana.projections import output_projections
 
     asked = [
         f"{key} {value}"
-        for key, value, plain in (
-            ("saliency.method", params.saliency.method, "nirvana"),
-            ("compensation.method", params.compensation.method, "none"),
+        for key, value, looks in (
+            ("saliency.method", params.saliency.method, METHODS[params.saliency.method].needs_projections),
+            ("compensation.method", params.compensation.method, params.compensation.method != "none"),
         )
-        if value != plain
+        if looks
     ]
     if not asked:
         return
@@ -120,7 +121,7 @@ def _check_ratio(params: "Params", architecture: "Architecture") -> None:
     random = np.random.default_rng(0)
     saliency = {site.name: random.random(site.units, dtype=np.float32) for site in architecture.sites()}
     try:
-        allocate_as_asked(architecture, saliency, params.allocation)
+        allocate_as_asked(architecture, saliency, params)
     except InputError as error:
         # which units leave first can decide whether sizes add up; what no order allows is certain
         if (

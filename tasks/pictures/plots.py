@@ -140,7 +140,7 @@ def kept_share(allocation: Sequence[Mapping[str, str]], width: int) -> Figure:
 
 
 def saliency(sites: Sequence[PlannedSite], scores: Mapping[str, np.ndarray], width: int) -> Figure:
-    """Draw unit saliency a layer on a log scale, kept against removed, one panel a module."""
+    """Draw unit saliency a layer on a log scale (a plain one where scores have signs), kept against removed."""
     modules = list(dict.fromkeys(site.module for site in sites))
     panel = 200
     figure = new_canvas(width, 34 + len(modules) * (panel + 44) + 24)
@@ -154,15 +154,18 @@ def saliency(sites: Sequence[PlannedSite], scores: Mapping[str, np.ndarray], wid
         write_text(figure, width, top - 13, f"{count} {unit} a layer", ha="right", color=PALETTE["muted"])
         axes = _layer_panel(figure, top, panel, len(members))
         values = [np.asarray(scores[site.name], dtype=np.float64) for site in members]
-        positive = np.concatenate([v[v > 0] for v in values])
+        every = np.concatenate(values)
+        signed = bool((every < 0).any())  # standardised scores, as FLAP's
+        positive = every[every > 0]
         low, high = (positive.min(), positive.max()) if positive.size else (1.0, 10.0)
         # a zero has no place on a log scale: it sits on the lower edge
-        logs = [np.log10(np.maximum(v, low)) for v in values]
+        logs = values if signed else [np.log10(np.maximum(v, low)) for v in values]
         masks = [np.isin(np.arange(site.units), site.keep_indices) for site in members]
         (_dots if units[-1] <= MOST_DOTS else _violins)(axes, logs, masks)
-        margin = 0.04 * math.log10(high / low) + 0.02
-        axes.set_ylim(math.log10(low) - margin, math.log10(high) + margin)
-        _log_ticks(axes)
+        bottom, top_value = (every.min(), every.max()) if signed else (math.log10(low), math.log10(high))
+        margin = 0.04 * (top_value - bottom) + 0.02
+        axes.set_ylim(bottom - margin, top_value + margin)
+        (_plain_ticks if signed else _log_ticks)(axes)
         _layer_axis(axes, [str(site.layer) for site in members], labelled=number == len(modules) - 1)
     _legend(figure, _kept_and_removed())
     return figure
@@ -223,6 +226,17 @@ def _log_ticks(axes: Axes) -> None:
         superscript = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
         shown = exponents[:: math.ceil(len(exponents) / 5)]
         axes.set_yticks(list(shown), [f"10{str(e).translate(superscript)}" for e in shown])
+    _rules(axes)
+
+
+def _plain_ticks(axes: Axes) -> None:
+    low, high = axes.get_ylim()
+    values = [v for v in MaxNLocator(4).tick_values(low, high) if low <= v <= high]
+    axes.set_yticks(values, [f"{v:.3g}" for v in values])
+    _rules(axes)
+
+
+def _rules(axes: Axes) -> None:
     axes.grid(axis="y", color=PALETTE["rule"], linewidth=0.8)
     axes.set_axisbelow(True)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nirvana.allocation import achieved_ratio, allocate
+from nirvana.allocation import Allocation, achieved_ratio, allocate
 from nirvana.architectures.site import Site, Slot
 from nirvana.errors import InputError
 
@@ -39,7 +39,7 @@ def test_exact_by_hand():
     cut goes on into layer 1, in blocks of 2.
     """
     sites = make_sites()
-    keep = allocate(sites, ascending(sites), 0.5, 1.0, round_to=2)
+    keep = allocate(sites, ascending(sites), Allocation(0.5, gamma=1.0, round_to=2))
     assert keep["layers.0.kv_group"].tolist() == [1]
     assert keep["layers.1.kv_group"].tolist() == [1]
     assert keep["layers.0.mlp_neuron"].tolist() == [6, 7]
@@ -52,7 +52,7 @@ def test_published_by_hand():
     sites = make_sites()
     saliency = ascending(sites)
     saliency["layers.0.kv_group"] = np.array([5.0, 1.0], dtype=np.float32)
-    keep = allocate(sites, saliency, 0.5, 1.0, round_to=2, rule="published")
+    keep = allocate(sites, saliency, Allocation(0.5, gamma=1.0, round_to=2, rule="published"))
     assert keep["layers.0.kv_group"].tolist() == [1]  # the best would be 0
     assert keep["layers.1.kv_group"].tolist() == [0, 1]
     assert keep["layers.0.mlp_neuron"].tolist() == [6, 7]
@@ -63,16 +63,16 @@ def test_published_by_hand():
 def test_published_ties_leave_together():
     sites = make_sites(layers=1, groups=4, neurons=8)
     saliency = {s.name: np.ones(s.units, dtype=np.float32) for s in sites}
-    keep = allocate(sites, saliency, 0.25, 1.0, round_to=2, rule="published")
+    keep = allocate(sites, saliency, Allocation(0.25, gamma=1.0, round_to=2, rule="published"))
     assert keep["layers.0.kv_group"].tolist() == [3]
     assert len(keep["layers.0.mlp_neuron"]) == 2
-    exact = allocate(sites, saliency, 0.25, 1.0, round_to=2)
+    exact = allocate(sites, saliency, Allocation(0.25, gamma=1.0, round_to=2))
     assert len(exact["layers.0.kv_group"]) == 3
 
 
 def test_gamma_is_the_quotient_of_the_rates():
     sites = make_sites(layers=4, groups=1000, neurons=2000)
-    keep = allocate(sites, ascending(sites), 0.2, 4.0, round_to=1)
+    keep = allocate(sites, ascending(sites), Allocation(0.2, gamma=4.0, round_to=1))
     achieved = achieved_ratio(sites, {n: len(k) for n, k in keep.items()})
     assert achieved["mlp"] / achieved["attention"] == pytest.approx(4.0, rel=0.02)
 
@@ -80,7 +80,7 @@ def test_gamma_is_the_quotient_of_the_rates():
 def test_capped_rate_is_made_up_by_the_other():
     """One KV group a layer: attention cannot give anything, the neurons give all."""
     sites = make_sites(layers=3, groups=1, neurons=100, group_weights=30)
-    keep = allocate(sites, ascending(sites), 0.5, 0.1, round_to=1)
+    keep = allocate(sites, ascending(sites), Allocation(0.5, gamma=0.1, round_to=1))
     assert all(len(keep[f"layers.{i}.kv_group"]) == 1 for i in range(3))
     assert ratio(sites, keep) == pytest.approx(0.5, abs=3 / (3 * 330))
 
@@ -88,8 +88,8 @@ def test_capped_rate_is_made_up_by_the_other():
 def test_unreachable_ratio_names_the_reachable():
     sites = make_sites(layers=1, groups=1, neurons=8, group_weights=12)  # 36 weights, 6 neurons of 3 may leave
     with pytest.raises(InputError, match=r"0\.6 cannot be reached.*at most 0\.5 "):
-        allocate(sites, ascending(sites), 0.6, 1.0, round_to=2)
-    assert ratio(sites, allocate(sites, ascending(sites), 0.5, 1.0, round_to=2)) == 0.5
+        allocate(sites, ascending(sites), Allocation(0.6, gamma=1.0, round_to=2))
+    assert ratio(sites, allocate(sites, ascending(sites), Allocation(0.5, gamma=1.0, round_to=2))) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -100,14 +100,14 @@ def test_unreachable_ratio_names_the_reachable():
         ({"gamma": 0.0}, "above 0, got 0.0"),
         ({"gamma": float("inf")}, "finite"),
         ({"round_to": 9}, "expected 1 to 8 .*layer 0.*got 9"),
-        ({"scope": "uniform", "rule": "published"}, "scope global and ranking modules only"),
+        ({"scope": "uniform", "rule": "published"}, "expected rule exact with scope uniform, got published"),
     ],
 )
 def test_bad_requests_are_refused(change, message):
     sites = make_sites()
     request = {"pruning_ratio": 0.2, "gamma": 1.0, "round_to": 2} | change
     with pytest.raises(InputError, match=message):
-        allocate(sites, ascending(sites), **request)
+        allocate(sites, ascending(sites), Allocation(**request))
 
 
 def test_foreign_saliency_is_refused():
@@ -115,19 +115,20 @@ def test_foreign_saliency_is_refused():
     saliency = ascending(sites)
     saliency["layers.1.mlp_neuron"] = saliency["layers.1.mlp_neuron"][:-1]
     with pytest.raises(InputError, match="expected 8 finite saliency values"):
-        allocate(sites, saliency, 0.2, 1.0)
+        allocate(sites, saliency, Allocation(0.2, gamma=1.0))
 
 
 def test_ratio_zero_keeps_everything():
     sites = make_sites(neurons=9)
-    keep = allocate(sites, ascending(sites), 0.0, 3.0, round_to=4)
+    keep = allocate(sites, ascending(sites), Allocation(0.0, gamma=3.0, round_to=4))
     assert all(len(keep[s.name]) == s.units for s in sites)
 
 
 def test_uniform_by_hand_takes_loadable_counts():
     sites = make_sites(layers=2, groups=4, neurons=16)
     saliency = ascending(sites)
-    keep = allocate(sites, saliency, 0.5, 1.0, round_to=2, scope="uniform", loadable_kv_groups=lambda k: k != 2)
+    asked = Allocation(0.5, gamma=1.0, round_to=2, scope="uniform")
+    keep = allocate(sites, saliency, asked, loadable_kv_groups=lambda k: k != 2)
     counts = {s.name: len(keep[s.name]) for s in sites}
     assert counts["layers.0.kv_group"] == counts["layers.1.kv_group"] == 3  # 2 wanted, 1 and 3 as near: more stay
     assert counts["layers.0.mlp_neuron"] == counts["layers.1.mlp_neuron"] == 4
@@ -150,22 +151,22 @@ def test_neurons_too_few_to_make_up_for_a_group():
     """One layer, groups of 60 weights, 8 neurons of 1 that must all stay: 0, 60/248, ... and nothing between."""
     sites = make_sites(layers=1, groups=4, neurons=8, group_weights=60, neuron_weights=1)
     with pytest.raises(InputError, match=r"0\.1 cannot be reached: .* nearest reachable ratio is 0\.0000"):
-        allocate(sites, ascending(sites), 0.1, 1.0, round_to=8)
-    keep = allocate(sites, ascending(sites), 0.24, 1.0, round_to=8)
+        allocate(sites, ascending(sites), Allocation(0.1, gamma=1.0, round_to=8))
+    keep = allocate(sites, ascending(sites), Allocation(0.24, gamma=1.0, round_to=8))
     assert len(keep["layers.0.kv_group"]) == 3
 
 
 def test_uniform_names_the_nearest_ratio():
     few = make_sites(layers=2, groups=2, neurons=4, group_weights=100)
     with pytest.raises(InputError, match=r"nearest reachable ratio is 0\.4"):
-        allocate(few, ascending(few), 0.3, 1.0, round_to=2, scope="uniform")
+        allocate(few, ascending(few), Allocation(0.3, gamma=1.0, round_to=2, scope="uniform"))
 
 
 def test_layers_of_different_size():
     small, large = make_sites(layers=1, groups=2, neurons=8), make_sites(layers=2, groups=6, neurons=40)[2:]
     sites = small + large
     saliency = {s.name: np.linspace(1, 2, s.units, dtype=np.float32) for s in sites}
-    keep = allocate(sites, saliency, 0.4, 1.0, round_to=2)
+    keep = allocate(sites, saliency, Allocation(0.4, gamma=1.0, round_to=2))
     assert abs(ratio(sites, keep) - 0.4) * sum(s.weights for s in sites) <= 6
 
 
@@ -187,7 +188,7 @@ def test_ratio_is_met_or_refused(shape, pruning_ratio, gamma, round_to, seed, ti
         for s in sites
     }
     try:
-        keep = allocate(sites, saliency, pruning_ratio, gamma, round_to, scope=scope)
+        keep = allocate(sites, saliency, Allocation(pruning_ratio, gamma=gamma, round_to=round_to, scope=scope))
     except InputError as error:
         assert "cannot be reached" in str(error)
         return
@@ -222,7 +223,7 @@ def test_experts_of_a_layer_keep_equally_many_by_hand():
         "layers.0.experts.0.mlp_neuron": np.array([90, 70, 80, 60], dtype=np.float32),
         "layers.0.experts.1.mlp_neuron": np.array([1, 4, 2, 3], dtype=np.float32),
     }
-    keep = allocate(sites, saliency, 4 / 9, 1e9, round_to=1)
+    keep = allocate(sites, saliency, Allocation(4 / 9, gamma=1e9, round_to=1))
     assert keep["layers.0.experts.0.mlp_neuron"].tolist() == [0, 2]
     assert keep["layers.0.experts.1.mlp_neuron"].tolist() == [1, 3]
 
@@ -235,9 +236,9 @@ def test_uniform_scope_aligns_what_a_stock_checkpoint_shares():
     saliency = ascending(sites)
     saliency["layers.0.kv_group"] = np.array([3.0, 2.0], dtype=np.float32)
     saliency["layers.1.kv_group"] = np.array([1.0, 4.0], dtype=np.float32)
-    aligned = allocate(sites, saliency, 0.5, 1.0, round_to=2, scope="uniform")
+    aligned = allocate(sites, saliency, Allocation(0.5, gamma=1.0, round_to=2, scope="uniform"))
     assert aligned["layers.0.kv_group"].tolist() == aligned["layers.1.kv_group"].tolist() == [1]
-    apart = allocate(make_sites(neurons=8), saliency, 0.5, 1.0, round_to=2, scope="uniform")
+    apart = allocate(make_sites(neurons=8), saliency, Allocation(0.5, gamma=1.0, round_to=2, scope="uniform"))
     assert [apart[f"layers.{layer}.kv_group"].tolist() for layer in range(2)] == [[0], [1]]
 
 
@@ -253,14 +254,14 @@ def test_joint_by_hand():
     saliency |= {
         f"layers.{layer}.mlp_neuron": np.array([0.3, 0.3, 30, 30, 30, 30, 30, 30], np.float32) for layer in range(2)
     }
-    keep = allocate(sites, saliency, 0.25, 1.0, round_to=2, ranking="joint")
+    keep = allocate(sites, saliency, Allocation(0.25, gamma=1.0, round_to=2, ranking="joint"))
     assert [keep[f"layers.{layer}.kv_group"].tolist() for layer in range(2)] == [[1], [0]]
     assert [len(keep[f"layers.{layer}.mlp_neuron"]) for layer in range(2)] == [8, 8]
     # 12 weights more: the four cheap neurons
-    keep = allocate(sites, saliency, 0.375, 1.0, round_to=2, ranking="joint")
+    keep = allocate(sites, saliency, Allocation(0.375, gamma=1.0, round_to=2, ranking="joint"))
     assert [keep[f"layers.{layer}.mlp_neuron"].tolist() for layer in range(2)] == [[2, 3, 4, 5, 6, 7]] * 2
     # counted twice, the groups are worth 1/6 a weight: the cheap neurons leave first
-    keep = allocate(sites, saliency, 0.125, 1.0, round_to=2, ranking="joint", attention_factor=2.0)
+    keep = allocate(sites, saliency, Allocation(0.125, gamma=1.0, round_to=2, ranking="joint", attention_factor=2.0))
     assert [len(keep[f"layers.{layer}.kv_group"]) for layer in range(2)] == [2, 2]
     assert [keep[f"layers.{layer}.mlp_neuron"].tolist() for layer in range(2)] == [[2, 3, 4, 5, 6, 7]] * 2
 
@@ -269,12 +270,13 @@ def test_joint_by_hand():
 def test_odd_attention_factors_are_refused(factor):
     sites = make_sites()
     with pytest.raises(InputError, match="attention_factor: expected a finite number above 0"):
-        allocate(sites, ascending(sites), 0.2, 1.0, ranking="joint", attention_factor=factor)
+        allocate(sites, ascending(sites), Allocation(0.2, gamma=1.0, ranking="joint", attention_factor=factor))
 
 
 def test_joint_does_not_read_gamma():
     sites = make_sites(layers=3, groups=4, neurons=16)
-    few, many = (allocate(sites, ascending(sites), 0.4, gamma, round_to=2, ranking="joint") for gamma in (0.1, 10.0))
+    asked = (Allocation(0.4, gamma=gamma, round_to=2, ranking="joint") for gamma in (0.1, 10.0))
+    few, many = (allocate(sites, ascending(sites), each) for each in asked)
     assert all(np.array_equal(few[name], kept) for name, kept in many.items())
 
 
@@ -285,7 +287,7 @@ def test_joint_meets_the_ratio(seed, pruning_ratio, scope):
     sites = make_sites(layers=4, groups=4, neurons=64, group_weights=48, neuron_weights=3)
     generator = np.random.default_rng(seed)
     saliency = {site.name: generator.lognormal(size=site.units).astype(np.float32) for site in sites}
-    keep = allocate(sites, saliency, pruning_ratio, 1.0, round_to=4, scope=scope, ranking="joint")
+    keep = allocate(sites, saliency, Allocation(pruning_ratio, gamma=1.0, round_to=4, scope=scope, ranking="joint"))
     total = sum(site.weights for site in sites)
     block = 4 * 3 * (4 if scope == "uniform" else 1)
     assert abs(ratio(sites, keep) - pruning_ratio) * total <= block + 1e-6
@@ -298,7 +300,5 @@ def test_joint_meets_the_ratio(seed, pruning_ratio, scope):
 
 def test_joint_has_no_published_rule():
     sites = make_sites()
-    with pytest.raises(
-        InputError, match=r"allocation\.rule: published is defined for scope global and ranking modules"
-    ):
-        allocate(sites, ascending(sites), 0.2, 1.0, rule="published", ranking="joint")
+    with pytest.raises(InputError, match="expected rule exact with ranking joint, got published"):
+        allocate(sites, ascending(sites), Allocation(0.2, gamma=1.0, rule="published", ranking="joint"))

@@ -21,21 +21,20 @@ from tiny import (
 )
 from torch.nn import functional
 
-from nirvana.allocation import achieved_ratio
-from nirvana.baselines import METHODS
-from nirvana.baselines.flap import bias_compensation
-from nirvana.baselines.flap import scores_from as flap_scores
-from nirvana.baselines.llm_pruner import llm_pruner
-from nirvana.baselines.magnitude import magnitude
-from nirvana.baselines.random import random_scores
-from nirvana.baselines.same_share import allocate_same_share, protected_layers
-from nirvana.baselines.shortgpt import RECORD_NAME, block_influence, layers_to_remove, write_shortgpt
-from nirvana.baselines.wanda_sp import scores_from as wanda_scores
+from nirvana.allocation import Allocation, achieved_ratio, allocate, protected_layers
 from nirvana.errors import InputError
 from nirvana.head import head_loss
 from nirvana.input_statistics import InputStatistics, input_statistics
 from nirvana.loading import load_model
-from nirvana.methods import Scoring
+from nirvana.methods.flap import bias_compensation
+from nirvana.methods.flap import scores_from as flap_scores
+from nirvana.methods.llm_pruner import llm_pruner
+from nirvana.methods.magnitude import magnitude
+from nirvana.methods.method import Scoring
+from nirvana.methods.random import random
+from nirvana.methods.registry import METHODS
+from nirvana.methods.shortgpt import RECORD_NAME, block_influence, layers_to_remove, write_shortgpt
+from nirvana.methods.wanda_sp import scores_from as wanda_scores
 from nirvana.objective import next_token_loss
 from nirvana.saliency import channel_key, channel_saliency
 from nirvana.walk import Stack
@@ -181,10 +180,9 @@ def test_flap_by_hand(tmp_path):
     }
     scores = flap_scores(stack, statistics(mean, {key: variance[key] + mean[key] ** 2 for key in mean}))
     spread = ((8 * 3.5**2 + 8 * 4.5**2 + 16 * 0.5**2) / 31) ** 0.5
-    per_group = 32 * (2 * 8 + 2 * 16)  # k and v rows, q rows and o columns of two heads
-    torch.testing.assert_close(scores["layers.0.kv_group"] / per_group, torch.tensor([0.5, -0.5]) / spread)
+    torch.testing.assert_close(scores["layers.0.kv_group"], torch.tensor([0.5, -0.5]) / spread)
     spread = (64 * 0.25 / 63) ** 0.5
-    torch.testing.assert_close(scores["layers.0.mlp_neuron"][:2] / (3 * 32), torch.tensor([-0.5, 0.5]) / spread)
+    torch.testing.assert_close(scores["layers.0.mlp_neuron"][:2], torch.tensor([-0.5, 0.5]) / spread)
 
 
 def test_flap_where_nothing_differs(tmp_path):
@@ -235,7 +233,7 @@ def test_magnitude_by_hand(tmp_path):
 
 def test_random_is_its_seed(tmp_path):
     stack, ids = Stack.open(tiny_llama(tmp_path)), random_ids(1, 2)
-    first, again, other = (random_scores(stack, ids, Scoring(seed=seed)) for seed in (1, 1, 2))
+    first, again, other = (random(stack, ids, Scoring(seed=seed)) for seed in (1, 1, 2))
     assert all(torch.equal(values, again[name]) for name, values in first.items())
     assert not torch.equal(first["layers.0.mlp_neuron"], other["layers.0.mlp_neuron"])
     assert not torch.equal(first["layers.0.mlp_neuron"], first["layers.1.mlp_neuron"])
@@ -290,7 +288,7 @@ def test_groups_are_rounded_down_and_neurons_meet_the_ratio(tmp_path):
     """A share of 0.4 of two groups is none, although one is nearer to 0.5 x 2; of 0.5 it is one."""
     sites, saliency = scored_sites(tmp_path)
     for ratio, groups in ((0.4, 2), (0.5, 1)):
-        keep = allocate_same_share(sites, saliency, ratio, round_to=1)
+        keep = allocate(sites, saliency, Allocation(ratio, "layers", round_to=1))
         assert [len(keep[f"layers.{layer}.kv_group"]) for layer in range(2)] == [groups, groups]
         neurons = [len(keep[f"layers.{layer}.mlp_neuron"]) for layer in range(2)]
         assert neurons[0] == neurons[1]
@@ -302,7 +300,7 @@ def test_groups_are_rounded_down_and_neurons_meet_the_ratio(tmp_path):
 
 def test_protected_layers_lose_nothing_and_the_others_more(tmp_path):
     sites, saliency = scored_sites(tmp_path, num_hidden_layers=4)
-    keep = allocate_same_share(sites, saliency, 0.2, round_to=1, protected=(2, 1))
+    keep = allocate(sites, saliency, Allocation(0.2, "layers", round_to=1, protected_layers=(16, 8)))
     for site in sites:
         assert (len(keep[site.name]) == site.units) == (site.layer != 2)
     achieved = achieved_ratio(sites, {name: len(kept) for name, kept in keep.items()})["total"]
@@ -312,9 +310,9 @@ def test_protected_layers_lose_nothing_and_the_others_more(tmp_path):
 def test_protecting_too_much_is_refused(tmp_path):
     sites, saliency = scored_sites(tmp_path, num_hidden_layers=4)
     with pytest.raises(InputError, match=r"cannot be reached with 3 of 4 layers protected; ask for less than 0\.25"):
-        allocate_same_share(sites, saliency, 0.3, protected=(2, 1))
+        allocate(sites, saliency, Allocation(0.3, "layers", protected_layers=(16, 8)))
     with pytest.raises(InputError, match="expected layers beside the 4 protected ones"):
-        allocate_same_share(sites, saliency, 0.3, protected=(2, 2))
+        allocate(sites, saliency, Allocation(0.3, "layers", protected_layers=(16, 16)))
 
 
 # -- ShortGPT ----------------------------------------------------------------------------------------------------------
@@ -407,7 +405,7 @@ def test_shortgpt_refuses_a_pruned_model(tmp_path):
         model_digest=model_digest(dense),
         model_type="llama",
         calibration_digest="sha256:none",
-        parameters={"pruning_ratio": 0.1},
+        allocation=Allocation(0.1),
     )
     prune(dense, plan, tmp_path / "pruned")
     with pytest.raises(InputError, match="expected a model of a stock class, got nirvana_llama"):

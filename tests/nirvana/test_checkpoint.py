@@ -13,6 +13,7 @@ from exports import run_elsewhere
 from tiny import masked_dense, one_layout_each, random_ids, random_keep, save_family, save_t5, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nirvana.allocation import Allocation
 from nirvana.plan import Plan
 from nirvana.surgery import prune
 from nirvana.walk import Stack
@@ -41,7 +42,7 @@ def make_checkpoint(name, root: Path, uniform=False):
         model_digest=model_digest(model),
         model_type=name,
         calibration_digest="sha256:none",
-        parameters={"pruning_ratio": 0.4},
+        allocation=Allocation(0.4),
     )
     prune(model, plan, root / "pruned")
     return root / "pruned", keep

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import nirvana.cli.plan
 from nirvana import surgery
+from nirvana.allocation import Allocation
 from nirvana.cli import app
 from nirvana.files import sha256_directory
 from nirvana.plan import PLAN_NAME, Plan, counted_ratio
@@ -45,7 +46,7 @@ def plan_for(model, keep):
         model_digest=model_digest(model),
         model_type="llama",
         calibration_digest="sha256:none",
-        parameters={"pruning_ratio": 0.25, "gamma": 2.0, "round_to": 4, "rule": "exact"},
+        allocation=Allocation(0.25, gamma=2.0, round_to=4, rule="exact"),
     )
 
 
@@ -89,7 +90,7 @@ def test_show_by_hand(plan):
     assert f"total 25.00% {(1536 + 1152) / 23040:.2%} 137 of 150 0.02 of 0.023 M" in lines
     assert "layers.0 █████░░░░░ 1/2 ██████████ 48/48" in lines
     assert "layers.2 ██████████ 2/2 ███████░░░ 36/48" in lines
-    assert "gamma 2.0, pruning_ratio 0.25, round_to 4, rule exact" in shown.stdout
+    assert "pruning_ratio 0.25, ranking modules, gamma 2.0" in " ".join(shown.stdout.split())
     assert json.loads(plan.read_text())["model"]["digest"][:23] in shown.stdout
 
 
@@ -111,14 +112,20 @@ def test_show_for_machines(plan):
 
 def test_rates_are_capped_as_the_allocation_caps_them(plan, tmp_path):
     """Gamma 0.01 asks for 62 % of attention, but one group of two stays in every layer: the MLP gives the rest."""
-    path = edited(plan, tmp_path / "capped.json", lambda v: v["parameters"].update(gamma=0.01))
+    path = edited(plan, tmp_path / "capped.json", lambda v: v["allocation"].update(gamma=0.01))
     modules = json.loads(run("plan", "show", path, "--json").stdout)["modules"]
     assert modules["attention"]["requested_ratio"] == 0.5
     assert modules["mlp"]["requested_ratio"] == pytest.approx((0.25 * 23040 - 4608) / 13824)
 
 
+def first_version(value, **parameters):
+    """Write a plan as releases before schema version 2 did."""
+    value |= {"schema_version": 1, "requested_ratio": 0.25, "parameters": {"pruning_ratio": 0.25, **parameters}}
+    del value["allocation"]
+
+
 def test_show_without_gamma_leaves_the_modules_open(plan, tmp_path):
-    path = edited(plan, tmp_path / "other.json", lambda v: v.update(parameters={}))
+    path = edited(plan, tmp_path / "other.json", first_version)
     assert json.loads(run("plan", "show", path, "--json").stdout)["modules"]["mlp"]["requested_ratio"] is None
     assert run("plan", "show", path).exit_code == 0
 
@@ -161,17 +168,15 @@ def test_diff_by_hand(plan, tmp_path):
     sites = tuple(
         replace(site, keep_indices=np.arange(6, 42)) if site.name == "layers.2.mlp_neuron" else site for site in a.sites
     )
-    parameters = {**a.parameters, "gamma": 3.0, "note": "by hand"}
-    del parameters["rule"]
-    b = replace(a, sites=sites, achieved_ratio=counted_ratio(sites), parameters=parameters)
+    changed = {"allocation": replace(a.allocation, gamma=3.0), "parameters": {"note": "by hand"}}
+    b = replace(a, sites=sites, achieved_ratio=counted_ratio(sites), **changed)
     b.write(tmp_path / "b.json")
     result = run("plan", "diff", plan, tmp_path / "b.json", "--json")
     assert result.exit_code == 1
     found = json.loads(result.stdout)
     assert found["settings"] == {
-        "parameters.gamma": {"a": 2.0, "b": 3.0},
+        "allocation.gamma": {"a": 2.0, "b": 3.0},
         "parameters.note": {"b": "by hand"},
-        "parameters.rule": {"a": "exact"},
     }
     assert found["sites"] == [
         {
@@ -188,7 +193,7 @@ def test_diff_by_hand(plan, tmp_path):
     lines = [" ".join(line.split()) for line in shown.stdout.splitlines()]
     assert shown.exit_code == 1
     assert "layers.2.mlp_neuron 30 6: 42-47 6: 6-11" in lines
-    assert "parameters.rule exact -" in lines
+    assert "parameters.note - by hand" in lines
 
 
 def test_plans_of_two_models_differ_by_site(plan, tmp_path):

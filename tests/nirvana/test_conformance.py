@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny import all_families, pruned_checkpoint, random_keep, save_family, tiny_tokenizer
 
 from nirvana import conformance
+from nirvana.allocation import Allocation
 from nirvana.architectures import registry
 from nirvana.architectures.llama import Llama
 from nirvana.conformance import check_walk, check_walk_once, check_written
@@ -34,7 +35,7 @@ def plan_for(model, seed=0, share=0.6):
         model_digest=model_digest(model),
         model_type="any",
         calibration_digest="sha256:none",
-        parameters={"pruning_ratio": 0.4},
+        allocation=Allocation(0.4),
     )
 
 

@@ -8,7 +8,7 @@ import torch
 import toy_workers
 from tiny import all_families, ids_for, random_keep, save_family, tiny_llama
 
-from nirvana.allocation import allocate
+from nirvana.allocation import Allocation, allocate
 from nirvana.benchmark import Workload, benchmark
 from nirvana.divergence import kl_divergence
 from nirvana.saliency import channel_saliency, unit_saliency
@@ -59,7 +59,7 @@ def test_kept_units_differ_at_the_cut_only(name, tmp_path):
     for device in ("cpu", "cuda"):
         units = unit_saliency(sites, channel_saliency(Stack.open(tmp_path, device), ids).sums)
         saliency[device] = {site: values.numpy() for site, values in units.items()}
-        keep[device] = allocate(sites, saliency[device], pruning_ratio=0.4, gamma=1.5, round_to=1)
+        keep[device] = allocate(sites, saliency[device], Allocation(0.4, gamma=1.5, round_to=1))
     for module in ("attention", "mlp"):
         differing = [
             saliency["cpu"][site.name][unit]

@@ -6,6 +6,7 @@ import pytest
 from tiny import random_ids, random_keep, tiny_llama
 from typer.testing import CliRunner
 
+from nirvana.allocation import Allocation
 from nirvana.calibration import calibration_digest
 from nirvana.checkpoint.digests import DIGESTS_NAME, check_digests
 from nirvana.cli import app
@@ -33,7 +34,7 @@ def made(request, tmp_path):
         model_digest=model_digest(dense),
         model_type="llama",
         calibration_digest="sha256:def",
-        parameters={"pruning_ratio": 0.4},
+        allocation=Allocation(0.4),
         compensation=Compensation(0.3, calibration_digest((ids,))) if request.param else None,
     )
     prune(dense, plan, checkpoint, calibration=tmp_path / "ids.safetensors" if request.param else None)
@@ -86,7 +87,7 @@ def test_sizes_that_differ_from_the_plan_are_refused_without_digests_too(made, t
         model_digest=plan.model_digest,
         model_type="llama",
         calibration_digest="c",
-        parameters={"pruning_ratio": 0.1},
+        allocation=Allocation(0.1),
     )
     other.write(checkpoint / PLAN_NAME)
     done = CliRunner().invoke(app, ["plan", "validate", str(checkpoint)])

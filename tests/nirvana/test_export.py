@@ -132,7 +132,7 @@ def test_padded_keeps_shards(tmp_path):
 def test_uniform_has_its_own_plan(llama):
     exported(llama, "uniform")
     plan = Plan.read(llama / "uniform" / PLAN_NAME)
-    assert plan.parameters["scope"] == "uniform"
+    assert plan.allocation.scope == "uniform"
     assert len({len(site.keep_indices) for site in plan.sites if site.module == "mlp"}) == 1
     config = json.loads((llama / "uniform/config.json").read_text())
     assert config["model_type"] == "llama" and "auto_map" not in config
@@ -379,7 +379,8 @@ def test_uniform_without_saliency(own_llama):
 def test_uniform_of_a_plan_without_settings(own_llama):
     path = own_llama / "pruned" / PLAN_NAME
     plan = json.loads(path.read_text())
-    plan["parameters"] = {"pruning_ratio": 0.4}
+    plan |= {"schema_version": 1, "requested_ratio": 0.4, "parameters": {"pruning_ratio": 0.4}}
+    del plan["allocation"]
     path.write_text(json.dumps(plan))
     path.with_name(DIGESTS_NAME).unlink()
     with pytest.raises(InputError, match="pruning_ratio, gamma and round_to"):

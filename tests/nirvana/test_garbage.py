@@ -24,6 +24,7 @@ from tiny import random_ids, random_keep, save_family, save_t5
 from typer.testing import CliRunner
 
 import nirvana.weights
+from nirvana.allocation import Allocation
 from nirvana.architectures.registry import read_config
 from nirvana.calibration import read_ids
 from nirvana.cli import app
@@ -200,8 +201,8 @@ def home(tmp_path_factory):
     model = folder / "home" / "llama"
     sites = Stack.open(model).architecture.sites()
     origin = {"model_digest": model_digest(model), "model_type": "llama", "calibration_digest": "sha256:none"}
-    parameters = {"pruning_ratio": 0.4, "gamma": 3.36, "round_to": 8}
-    Plan.build(sites, random_keep(sites), **origin, parameters=parameters).write(folder / "home" / "good.json")
+    asked = Allocation(0.4, gamma=3.36, round_to=8)
+    Plan.build(sites, random_keep(sites), **origin, allocation=asked).write(folder / "home" / "good.json")
     plan = with_compensation(Plan.read(folder / "home" / "good.json"), random_ids(2, 4), folder / "home" / IDS)
     plan.write(folder / "home" / "compensated.json")
     shutil.copyfile(model / WEIGHTS_NAME, folder / "secret.safetensors")

@@ -21,6 +21,7 @@ from tiny import (
 )
 from transformers import AutoModel, AutoModelForCausalLM
 
+from nirvana.allocation import Allocation
 from nirvana.architectures.registry import FAMILIES, describe
 from nirvana.config_values import config_values
 from nirvana.directory_kind import kind_of_directory
@@ -67,7 +68,7 @@ def plan_of(model, seed=0, share=0.6):
         model_digest=model_digest(model),
         model_type=stack.architecture.model_type,
         calibration_digest="none",
-        parameters={"pruning_ratio": 0.4},
+        allocation=Allocation(0.4),
     )
 
 

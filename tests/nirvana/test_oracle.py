@@ -10,7 +10,7 @@ import torch
 from real_model import real_model
 from transformers import AutoModelForCausalLM
 
-from nirvana.allocation import allocate
+from nirvana.allocation import Allocation, allocate
 from nirvana.divergence import kl_divergence
 from nirvana.perplexity import token_perplexity
 from nirvana.plan import Plan
@@ -56,7 +56,7 @@ def _saliency():
 @pytest.fixture(scope="module")
 def keep(stack):
     saliency = {k: v.numpy() for k, v in unit_saliency(stack.architecture.sites(), _saliency().sums).items()}
-    return allocate(stack.architecture.sites(), saliency, 0.4, 3.36, round_to=8, rule="published")
+    return allocate(stack.architecture.sites(), saliency, Allocation(0.4, gamma=3.36, round_to=8, rule="published"))
 
 
 def test_objective():
@@ -90,7 +90,7 @@ def test_pruned_model_on_the_evaluation_ids(stack, keep, tmp_path, expected):
         model_digest=model_digest(real_model()),
         model_type="llama",
         calibration_digest="sha256:oracle",
-        parameters={"pruning_ratio": 0.4},
+        allocation=Allocation(0.4),
     )
     prune(real_model(), plan, tmp_path / "pruned")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()

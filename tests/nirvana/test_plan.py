@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import all_families, family_configs, random_keep, t5_configs
 
+from nirvana.allocation import Allocation
 from nirvana.architectures.registry import architecture_for
 from nirvana.architectures.site import Site, Slot
 from nirvana.errors import InputError
+from nirvana.files import write_json
 from nirvana.plan import PLAN_NAME, Compensation, Plan
 from nirvana.ranges import from_ranges, to_ranges
 
@@ -29,7 +31,7 @@ def plan(sites):
         model_digest="sha256:abc",
         model_type="llama",
         calibration_digest="sha256:def",
-        parameters={"pruning_ratio": 0.4, "gamma": 3.36},
+        allocation=Allocation(0.4, gamma=3.36),
     )
 
 
@@ -103,14 +105,14 @@ def test_a_type_that_is_not_the_models_is_refused(plan):
 @pytest.mark.parametrize("name", all_families())
 def test_what_every_family_plans_contradicts_nothing(name, tmp_path):
     sites = architecture_for((family_configs() | t5_configs())[name]).sites()
-    origin = {"model_digest": "m", "model_type": "t", "calibration_digest": "c", "parameters": {"pruning_ratio": 0.4}}
+    origin = {"model_digest": "m", "model_type": "t", "calibration_digest": "c", "allocation": Allocation(0.4)}
     Plan.build(sites, random_keep(sites), **origin).write(tmp_path / "plan.json")
     Plan.read(tmp_path / "plan.json").check_fits(sites, "m")
 
 
 def test_layers_of_a_second_stack_follow_the_first(tmp_path):
     sites = architecture_for(t5_configs()["t5-relu-tied"]).sites()
-    origin = {"model_digest": "m", "model_type": "t5", "calibration_digest": "c", "parameters": {"pruning_ratio": 0.4}}
+    origin = {"model_digest": "m", "model_type": "t5", "calibration_digest": "c", "allocation": Allocation(0.4)}
     plan = Plan.build(sites, random_keep(sites), **origin)
     plan.write(tmp_path / "plan.json")
     value = json.loads((tmp_path / "plan.json").read_text())
@@ -125,10 +127,8 @@ def test_layers_of_a_second_stack_follow_the_first(tmp_path):
 def test_a_key_that_stands_twice_is_refused(plan, tmp_path):
     plan.write(tmp_path / "plan.json")
     text = (tmp_path / "plan.json").read_text()
-    (tmp_path / "plan.json").write_text(
-        text.replace('"requested_ratio"', '"requested_ratio": 0.9,\n  "requested_ratio"')
-    )
-    with pytest.raises(InputError, match="the key 'requested_ratio' stands twice"):
+    (tmp_path / "plan.json").write_text(text.replace('"pruning_ratio"', '"pruning_ratio": 0.9,\n  "pruning_ratio"'))
+    with pytest.raises(InputError, match="the key 'pruning_ratio' stands twice"):
         Plan.read(tmp_path / "plan.json")
 
 
@@ -138,7 +138,7 @@ def test_experts_of_a_layer_that_keep_unequally_are_refused():
     keep = random_keep(sites)
     group = [site for site in sites if site.equal_with][1]
     keep[group.name] = keep[group.name][:-1]
-    origin = {"model_digest": "m", "model_type": "t", "calibration_digest": "c", "parameters": {"pruning_ratio": 0.4}}
+    origin = {"model_digest": "m", "model_type": "t", "calibration_digest": "c", "allocation": Allocation(0.4)}
     with pytest.raises(InputError, match=f"plan: expected as many units at {group.name} as at"):
         Plan.build(sites, keep, **origin).check_fits(sites, None)
 
@@ -147,6 +147,11 @@ def every_unit(value):
     """A file of a few kilobytes that would have us make gigabytes of indices."""
     site = value["sites"][0]
     value["sites"] = [site | {"name": f"s{i}", "units": 1_000_000, "keep": "0-999999"} for i in range(51)]
+
+
+def asked(**values):
+    """Return what damages an allocation."""
+    return lambda plan: plan["allocation"].update(values)
 
 
 def other(site):
@@ -159,8 +164,8 @@ def other(site):
     [
         (lambda v: v.pop("sites"), "sites: expected a value, found none"),
         (lambda v: v.update(sites=[]), "sites: expected a list that is not empty, got []"),
-        (lambda v: v.update(schema_version=2), "expected a plan of schema version 1, got 2"),
-        (lambda v: v.update(schema_version=True), "expected a plan of schema version 1, got True"),
+        (lambda v: v.update(schema_version=3), "expected a plan of schema version 1 or 2, got 3"),
+        (lambda v: v.update(schema_version=True), "expected a plan of schema version 1 or 2, got True"),
         (lambda v: v["sites"][0].update(keep="0-5"), r"sites[0].keep: expected ascending indices below 2, got 0-5"),
         (lambda v: v["sites"][1].update(keep=[0]), r"sites[1].keep: expected ranges such as '0-2,5', got [0]"),
         (lambda v: v["sites"][0].update(units="many"), "sites[0].units: expected a whole number from 1 to"),
@@ -174,16 +179,20 @@ def other(site):
         (lambda v: v.update(achieved_ratio=[1]), "achieved_ratio: expected an object, got [1]"),
         (lambda v: v["achieved_ratio"].pop("mlp"), "achieved_ratio.mlp: expected a value, found none"),
         (lambda v: v["achieved_ratio"].update(mlp=0.5), 'achieved_ratio: expected {"total": 0.'),
-        (lambda v: v.update(requested_ratio=float("nan")), "got something else (NaN is no finite number)"),
+        (asked(pruning_ratio=float("nan")), "got something else (NaN is no finite number)"),
         (lambda v: v.update(model=None), "model: expected an object, got None"),
         (lambda v: v["model"].update(num_layers=4), "model.num_layers: expected 3, the layers that the sites name"),
         (lambda v: v["model"].update(digest="a\x1bb"), r"model.digest: expected 1 to 200 printable characters"),
-        (lambda v: v.update(requested_ratio=0.9), "requested_ratio: expected parameters.pruning_ratio (0."),
-        (
-            lambda v: v["parameters"].update(pruning_ratio=0.9),
-            "expected parameters.pruning_ratio (0.9), got 0.4",
-        ),
-        (lambda v: v["parameters"].update(pruning_ratio=True), "expected parameters.pruning_ratio (True)"),
+        (lambda v: v.pop("allocation"), "allocation: expected a value, found none"),
+        (lambda v: v.update(allocation=None), "allocation: expected an object, got None"),
+        (asked(pruning_ratio=1), "allocation: pruning_ratio: expected 0 <= ratio < 1, got 1"),
+        (asked(pruning_ratio=True), "allocation.pruning_ratio: expected a number from 0 to 1, got True"),
+        (asked(gamma=0), "allocation.gamma: expected a number above 0, at most 1e+09, got 0"),
+        (asked(attention_factor=float("nan")), "got something else (NaN is no finite number)"),
+        (asked(round_to=0), "allocation.round_to: expected a whole number from 1"),
+        (asked(ranking="best"), "allocation.ranking: expected one of modules, joint, layers, got 'best'"),
+        (asked(protected_layers=[1]), "allocation.protected_layers: expected 2 whole numbers from 0 to 1024, got [1]"),
+        (asked(rule="published", scope="uniform"), "allocation: expected rule exact with scope uniform, got published"),
         (lambda v: v["sites"][0].update(layer=2), "expected layer 0 at layers.0."),
         (lambda v: v["sites"][0].update(module=other(v["sites"][0])), "sites: expected module"),
         (lambda v: v.update(compensation=[0.3]), "compensation: expected an object, got [0.3]"),
@@ -198,7 +207,7 @@ def other(site):
             lambda v: v.update(compensation={"ridge": 1, "calibration_digest": "a\x1bb"}),
             "compensation.calibration_digest: expected 1 to 200 printable characters",
         ),
-        (lambda v: v["parameters"].update(gamma=float("inf")), "got something else (Infinity is no finite number)"),
+        (lambda v: v["parameters"].update(note=float("inf")), "got something else (Infinity is no finite number)"),
         (lambda v: v["parameters"].update(note="\ud800"), "parameters: expected an object of finite numbers and text"),
         (lambda v: v["parameters"].update(a=[[[[[[[[[]]]]]]]]]), "at most 8 levels deep"),
     ],
@@ -214,11 +223,56 @@ def test_damaged_plan_is_one_clear_line(plan, tmp_path, damage, said):
     assert "\n" not in str(caught.value)
 
 
+def version_1(value, **parameters):
+    """Write a plan as releases before schema version 2 did."""
+    ratio = value.pop("allocation")["pruning_ratio"]
+    return value | {"schema_version": 1, "requested_ratio": ratio, "parameters": {"pruning_ratio": ratio, **parameters}}
+
+
+SPELT_OUT = {"gamma": 3.36, "round_to": 4, "rule": "published", "method": "nirvana", "attention_factor": None}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "allocation"),
+    [
+        (SPELT_OUT, Allocation(0.4, gamma=3.36, round_to=4, rule="published")),
+        (
+            {"gamma": None, "round_to": 8, "ranking": "joint", "attention_factor": 2.0},
+            Allocation(0.4, "joint", attention_factor=2.0),
+        ),
+        ({}, None),
+        ({"gamma": "much", "round_to": 8}, None),
+        ({"gamma": 3.36, "round_to": 8.5}, None),
+        ({"gamma": 3.36, "round_to": 8, "ranking": ["joint"]}, None),
+    ],
+)
+def test_plans_of_version_1_are_read_and_written_as_they_were(plan, parameters, allocation, tmp_path):
+    plan.write(tmp_path / "plan.json")
+    write_json(tmp_path / "old.json", version_1(json.loads((tmp_path / "plan.json").read_text()), **parameters))
+    old = Plan.read(tmp_path / "old.json")
+    assert (old.requested_ratio, old.allocation) == (0.4, allocation)
+    old.write(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "old.json").read_bytes()
+    assert old.other_parameters == (parameters if allocation is None else {}) | (
+        {"pruning_ratio": 0.4} if allocation is None else {}
+    ) | ({"method": "nirvana"} if parameters is SPELT_OUT else {})
+
+
+@pytest.mark.parametrize("asked", [0.9, True, None])
+def test_a_plan_of_version_1_says_its_ratio_twice_alike(plan, asked, tmp_path):
+    plan.write(tmp_path / "plan.json")
+    value = version_1(json.loads((tmp_path / "plan.json").read_text()))
+    value["parameters"]["pruning_ratio"] = asked
+    write_json(tmp_path / "old.json", value)
+    with pytest.raises(InputError, match=rf"requested_ratio: expected parameters.pruning_ratio \({asked}\), got 0.4"):
+        Plan.read(tmp_path / "old.json")
+
+
 def test_one_unit_off_is_noticed_in_the_largest_models(tmp_path):
     """The allowed slack is far below one neuron: here 126 layers of 53,248, as in Llama 3.1 405B."""
     sites = [Site(f"layers.{n}.mlp_neuron", "mlp", n, 53_248, (Slot("w", 0, 1, 3 * 16_384),)) for n in range(126)]
     keep = {site.name: np.arange(site.units - 1000) for site in sites}
-    origin = {"model_digest": "m", "model_type": "t", "calibration_digest": "c", "parameters": {"pruning_ratio": 0.1}}
+    origin = {"model_digest": "m", "model_type": "t", "calibration_digest": "c", "allocation": Allocation(0.1)}
     Plan.build(sites, keep, **origin).write(tmp_path / "plan.json")
     assert Plan.read(tmp_path / "plan.json").num_layers == 126
     value = json.loads((tmp_path / "plan.json").read_text())

@@ -1,8 +1,11 @@
 """What ratio and gamma ask of each module."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from nirvana.allocation import Allocation
 from nirvana.plan import Plan, PlannedSite
 from nirvana.plan_summary import requested_rates
 
@@ -10,9 +13,9 @@ SITES = (("attention", 4, 400), ("mlp", 64, 75))
 """One layer, a quarter of its weights in attention: module, units, weights a unit."""
 
 
-def plan_of(sites, ratio, gamma, rule="exact"):
+def plan_of(sites, ratio, gamma, rule="exact", **more):
     planned = tuple(PlannedSite(f"{i}", module, 0, *size, np.arange(1)) for i, (module, *size) in enumerate(sites))
-    return Plan("", "llama", 1, "", ratio, {}, planned, {"gamma": gamma, "round_to": 8, "rule": rule})
+    return Plan("", "llama", 1, "", Allocation(ratio, gamma=gamma, rule=rule, **more), {}, planned)
 
 
 def test_the_request_of_each_module_follows_ratio_and_gamma():
@@ -32,5 +35,8 @@ def test_every_expert_keeps_a_block():
     assert requested_rates(plan_of(experts, 0.5, 20.0)) == pytest.approx({"total": 0.5, "attention": 0.5, "mlp": 0.5})
 
 
-def test_a_plan_without_gamma_asks_for_the_total_only():
-    assert requested_rates(plan_of(SITES, 0.2, None)) == {"total": 0.2}
+def test_where_gamma_does_not_decide_the_total_only_is_asked_for():
+    assert requested_rates(plan_of(SITES, 0.2, 3.0, ranking="joint")) == {"total": 0.2}
+    assert requested_rates(plan_of(SITES, 0.2, 3.0, ranking="layers", protected_layers=(3, 1))) == {"total": 0.2}
+    silent = replace(plan_of(SITES, 0.2, 3.0), allocation=None, parameters={"pruning_ratio": 0.2}, schema_version=1)
+    assert requested_rates(silent) == {"total": 0.2}

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import ids_for, logits_of, one_layout_each, random_ids, random_keep, save_family, tiny_corpus, tiny_tokenizer
 
 from nirvana.adapter import ADAPTER_NAME, Adapter, adapted_modules, attach, merge
+from nirvana.allocation import Allocation
 from nirvana.architectures.registry import describe
 from nirvana.checkpoint.digests import DIGESTS_NAME
 from nirvana.errors import InputError
@@ -55,7 +56,7 @@ def pruned_of(dense, checkpoint):
         model_digest=model_digest(dense),
         model_type="any",
         calibration_digest="sha256:none",
-        parameters={"pruning_ratio": 0.4},
+        allocation=Allocation(0.4),
     )
     prune(dense, plan, checkpoint)
     return checkpoint

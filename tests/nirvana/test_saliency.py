@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny import all_families, ids_for, random_ids, save_family
 from transformers import AutoModelForCausalLM
 
-from nirvana.allocation import allocate
+from nirvana.allocation import Allocation, allocate
 from nirvana.architectures.site import Site, Slot
 from nirvana.errors import InputError
 from nirvana.saliency import channel_key, channel_saliency, unit_saliency
@@ -122,7 +122,8 @@ def test_kept_sets_differ_from_naive_only_at_the_cut(name, tmp_path):
     slots = [slot for site in sites for slot in site.weight_slots]
     naive = unit_saliency(sites, {channel_key(s): full[s.parameter].sum(dim=1 - s.dim) for s in slots})
     ours = unit_saliency(sites, channel_saliency(stack, ids).sums)
-    kept = [allocate(sites, {k: v.numpy() for k, v in s.items()}, 0.4, 3.36, round_to=1) for s in (naive, ours)]
+    asked = Allocation(0.4, gamma=3.36, round_to=1)
+    kept = [allocate(sites, {k: v.numpy() for k, v in s.items()}, asked) for s in (naive, ours)]
     for module in ("attention", "mlp"):
         of_module = [site.name for site in sites if site.module == module]
         gone = [naive[n][~torch.isin(torch.arange(len(naive[n])), torch.from_numpy(kept[0][n]))] for n in of_module]

@@ -6,16 +6,16 @@ import pytest
 import torch
 from tiny import all_families, ids_for, model_type_of, one_layout_each, random_ids, save_family, tiny_llama
 
-from nirvana.baselines.slicegpt import (
+from nirvana.errors import InputError
+from nirvana.loading import load_model
+from nirvana.methods.slicegpt import (
     SlicedModel,
     _Branch,
     principal_components,
     slicegpt,
     slicegpt_hidden_states,
 )
-from nirvana.baselines.slicegpt_size import BRANCHES, check_can_be_sliced, dimension_for, sliced_size, stream_matrices
-from nirvana.errors import InputError
-from nirvana.loading import load_model
+from nirvana.methods.slicegpt_size import BRANCHES, check_can_be_sliced, dimension_for, sliced_size, stream_matrices
 from nirvana.walk import Stack, final_hidden_states
 
 REFUSED = {"gemma3_text", "qwen3_moe", "t5"}

@@ -16,6 +16,7 @@ from tiny import ids_for, logits_of, one_layout_each, random_ids, random_keep, s
 from transformers import AutoModelForCausalLM
 
 from nirvana import compensated_weights, compensation
+from nirvana.allocation import Allocation
 from nirvana.calibration import calibration_digest
 from nirvana.checkpoint.safetensors_stream import Shards
 from nirvana.compensation import compensate
@@ -37,7 +38,7 @@ def plan_for(model, seed=0, share=0.6):
         model_digest=model_digest(model),
         model_type="llama",
         calibration_digest="sha256:none",
-        parameters={"pruning_ratio": 0.4},
+        allocation=Allocation(0.4),
     )
 
 
@@ -233,7 +234,7 @@ def test_a_twin_takes_over_in_the_checkpoint(tmp_path):
         model_digest=model_digest(model),
         model_type="llama",
         calibration_digest="sha256:none",
-        parameters={"pruning_ratio": 0.01},
+        allocation=Allocation(0.01),
     )
     ids = tmp_path / "ids.safetensors"
     prune(model, with_compensation(plan, random_ids(20, 16), ids, 1e-9), tmp_path / "pruned", calibration=ids)
@@ -257,7 +258,7 @@ def test_the_compensated_checkpoint_is_the_compensated_walk(name, tmp_path, monk
         model_digest=model_digest(model),
         model_type=name,
         calibration_digest="sha256:none",
-        parameters={"pruning_ratio": 0.4},
+        allocation=Allocation(0.4),
     )
     prune(model, with_compensation(plan, ids, file), tmp_path / "pruned", calibration=file)
     updates, fresh = dict(compensate(stack, plan.keep, ids, 0.1)), ids_for(name, 2, 9, seed=5)
@@ -339,7 +340,7 @@ def test_what_cannot_be_compensated_is_refused_first(family, ids, said, tmp_path
     model, file = save_family(family, tmp_path / "dense"), tmp_path / "ids.safetensors"
     sites = Stack.open(model).architecture.sites()
     origin = {"model_digest": model_digest(model), "model_type": family, "calibration_digest": "sha256:none"}
-    plan = Plan.build(sites, random_keep(sites), **origin, parameters={"pruning_ratio": 0.4})
+    plan = Plan.build(sites, random_keep(sites), **origin, allocation=Allocation(0.4))
     with pytest.raises(InputError, match=said):
         prune(model, with_compensation(plan, ids, file), tmp_path / "new" / "pruned", calibration=file)
     assert left_over(tmp_path) == []

@@ -9,6 +9,7 @@ from tiny import random_ids, random_keep, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from wrappers import save_wrapper, wrapper_configs
 
+from nirvana.allocation import Allocation
 from nirvana.architectures.wrappers import COMPARED
 from nirvana.errors import InputError
 from nirvana.plan import Plan
@@ -124,7 +125,7 @@ def test_text_part_is_pruned_like_any_model(tmp_path):
         model_digest=model_digest(tmp_path / "text"),
         model_type="gemma3_text",
         calibration_digest="none",
-        parameters={"pruning_ratio": 0.4},
+        allocation=Allocation(0.4),
     )
     prune(tmp_path / "text", plan, tmp_path / "pruned")
     Stack.open(tmp_path / "pruned")

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,15 +13,16 @@ from tiny import random_ids, save_family, tiny_corpus, tiny_llama, tiny_t5
 from torch import nn
 
 from benchmarks import quality
-from nirvana.baselines.flap import bias_compensation
-from nirvana.baselines.shortgpt import write_shortgpt
-from nirvana.baselines.slicegpt import slicegpt, slicegpt_hidden_states
-from nirvana.baselines.slicegpt_size import dimension_for, sliced_size
+from nirvana.allocation import Allocation, allocate
 from nirvana.errors import InputError
 from nirvana.files import write_json
 from nirvana.input_statistics import input_statistics
 from nirvana.loading import load_model
-from nirvana.methods import Method
+from nirvana.methods.flap import bias_compensation
+from nirvana.methods.registry import METHODS, SHORTGPT, SLICEGPT
+from nirvana.methods.shortgpt import write_shortgpt
+from nirvana.methods.slicegpt import slicegpt, slicegpt_hidden_states
+from nirvana.methods.slicegpt_size import dimension_for, sliced_size
 from nirvana.plan import Plan
 from nirvana.surgery import prune
 from nirvana.walk import Stack, final_hidden_states
@@ -31,7 +32,6 @@ from studies import methods as registry
 from studies import store
 from studies.comparison import Comparison, Text, Texts
 from studies.measure import rows as rows_of
-from studies.methods import METHODS, SHORTGPT, SLICEGPT, allocate_for
 from studies.spec import load_spec
 from studies.subject import Asked
 from studies.texts import judged_on, texts_of_ids, texts_of_pipeline, with_generated
@@ -75,7 +75,7 @@ def checkpoint(model_directory, keep, target):
         model_digest=model_digest(model_directory),
         model_type="llama",
         calibration_digest="none",
-        parameters={"pruning_ratio": RATIO, "gamma": 1.0},
+        allocation=Allocation(RATIO, gamma=1.0),
     )
     prune(model_directory, plan, target)
     return load_model(target)
@@ -206,15 +206,15 @@ def test_protected_layers_stay_whole_in_every_ranking(ranking, tmp_path):
     sites = Stack.open(tiny_llama(tmp_path, num_hidden_layers=4, intermediate_size=256)).architecture.sites()
     generator = np.random.default_rng(0)
     saliency = {site.name: generator.random(site.units, dtype=np.float32) for site in sites}
-    method = Method("x", METHODS["random"].scorer, ranking, protected=(8, 8))  # of 32: one first, one last
-    keep = allocate_for(method, sites, saliency, 0.3, round_to=1)
+    method = replace(METHODS["random"], ranking=ranking, protected_layers=(8, 8))  # of 32: one first, one last
+    keep = allocate(sites, saliency, method.allocation(0.3, round_to=1))
     left = {site.name: len(keep[site.name]) / site.units for site in sites}
     assert all(share == 1 for name, share in left.items() if name.startswith(("layers.0.", "layers.3.")))
     removed = sum((1 - left[site.name]) * site.weights for site in sites) / sum(site.weights for site in sites)
     assert removed == pytest.approx(0.3, abs=0.005)
-    whole = Method("x", method.scorer, ranking, protected=(16, 16))
+    whole = replace(method, protected_layers=(16, 16))
     with pytest.raises(InputError, match="expected layers beside the 4 protected ones"):
-        allocate_for(whole, sites, saliency, 0.3, round_to=1)
+        allocate(sites, saliency, whole.allocation(0.3, round_to=1))
 
 
 # --- what is kept ---------------------------------------------------------------------------------------------
@@ -222,16 +222,15 @@ def test_protected_layers_stay_whole_in_every_ranking(ranking, tmp_path):
 
 def counted(monkeypatch, name):
     """Count how often a method scores."""
-    calls, method = [], METHODS[name]
+    calls, original = [], METHODS[name].scorer
 
     def scorer(stack, ids, scoring):
         calls.append(scoring.seed)
-        return method.scorer(stack, ids, scoring)
+        return original(stack, ids, scoring)
 
     # the wrapper's code would be this test's, which is no part of the project's code
     monkeypatch.setattr(registry, "study_key", lambda parts, code: registry.STUDIES.name + str(hash(str(parts))))
-    fake = Method(method.name, scorer, method.ranking, method.gamma, method.protected)
-    monkeypatch.setitem(METHODS, name, fake)
+    monkeypatch.setattr(f"nirvana.methods.{name}.{name}", scorer)
     return calls
 
 

@@ -10,13 +10,13 @@ from torch import nn
 from nirvana import recovery
 from nirvana.errors import InputError
 from nirvana.loading import load_model
+from nirvana.methods.registry import SHORTGPT
 from nirvana.recovery import Recipe
 from studies import fine_tuning as study
 from studies.biases import write_with_biases
 from studies.comparison import Comparison, Text, Texts
 from studies.fine_tuning import Tuning, curves, learned, name_dense, read_training, recipe_of
 from studies.lines import lines_of, shown
-from studies.methods import SHORTGPT
 from studies.spec import load_spec
 from studies.variants import DENSE, Variant
 from studies.words import verdict

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import random_ids, random_keep, tiny_llama, tiny_recipe
 
+from nirvana.allocation import Allocation
 from nirvana.errors import InputError
 from nirvana.loading import load_model
 from nirvana.plan import Plan
@@ -104,7 +105,7 @@ def test_masked_and_pruned_models_have_the_same_kernel(model_directory, tmp_path
         model_digest=model_digest(model_directory),
         model_type="llama",
         calibration_digest="none",
-        parameters={"pruning_ratio": 0.5, "gamma": 1.0},
+        allocation=Allocation(0.5, gamma=1.0),
     )
     prune(model_directory, plan, tmp_path / "pruned")
     pruned = load_model(tmp_path / "pruned")

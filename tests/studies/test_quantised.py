@@ -9,6 +9,7 @@ import torch
 from tiny import random_ids, save_family, tiny_llama
 from torch import nn
 
+from nirvana.allocation import Allocation
 from nirvana.compensation import compensate
 from nirvana.errors import InputError
 from nirvana.loading import load_model
@@ -155,7 +156,7 @@ def test_a_cell_is_the_pruned_and_rounded_model(precision, quantised, model_dire
         model_digest=model_digest(model_directory),
         model_type="llama",
         calibration_digest="none",
-        parameters={"pruning_ratio": RATIO, "gamma": 1.0},
+        allocation=Allocation(RATIO, gamma=1.0),
     )
     prune(model_directory, plan, tmp_path / "pruned")
     for name, ratio, directory in (("nirvana", RATIO, tmp_path / "pruned"), (DENSE, 0.0, model_directory)):

@@ -5,7 +5,7 @@ import pytest
 from sweeps import counted, measured, tiny_comparison
 from tiny import tiny_llama
 
-from nirvana.allocation import achieved_ratio, allocate, module_rates
+from nirvana.allocation import Allocation, achieved_ratio, allocate, module_rates
 from nirvana.architectures.site import Site, Slot
 from nirvana.errors import InputError
 from nirvana.walk import Stack
@@ -70,7 +70,7 @@ def test_mlp_alone_is_the_limit_of_a_large_gamma(model_directory):
     generator = np.random.default_rng(0)
     saliency = {each.name: generator.random(each.units, dtype=np.float32) for each in sites}
     keep = keep_elsewhere(sites, saliency, "mlp", 0.3)
-    expected = allocate(sites, saliency, 0.3, gamma=1e9)
+    expected = allocate(sites, saliency, Allocation(0.3, gamma=1e9))
     assert all(np.array_equal(keep[name], expected[name]) for name in expected)
     assert all(len(keep[each.name]) % 8 == 0 for each in sites if each.module == "mlp")
 

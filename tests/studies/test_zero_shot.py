@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import random_ids, tiny_corpus, tiny_llama, tiny_sentence, tiny_tokenizer
 
+from nirvana.allocation import Allocation
 from nirvana.compensation import compensate
 from nirvana.errors import InputError
 from nirvana.loading import load_model
@@ -277,7 +278,7 @@ def test_answers_are_those_of_checkpoints(zero_shot, sets, model_directory, tmp_
         model_digest=model_digest(model_directory),
         model_type="llama",
         calibration_digest="none",
-        parameters={"pruning_ratio": RATIO, "gamma": 1.0},
+        allocation=Allocation(RATIO, gamma=1.0),
     )
     prune(model_directory, plan, tmp_path / "pruned")
     dense, pruned = load_model(model_directory), load_model(tmp_path / "pruned")

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from tiny import family_configs, random_ids, random_keep, save_family
 
+from nirvana.allocation import Allocation
 from nirvana.architectures.registry import architecture_for
 from nirvana.plan import Plan
 from nirvana.saliency import channel_saliency, idle_experts, unit_saliency
@@ -48,7 +49,7 @@ def test_the_table_counts_them_beside_the_kept_units(caplog):
     saliency["layers.0.experts.1.mlp_neuron"][:] = 0
     plan = Plan.build(
         sites, random_keep(sites), model_digest="sha256:0", model_type="qwen3_moe", calibration_digest="sha256:0",
-        parameters={"pruning_ratio": 0.4},
+        allocation=Allocation(0.4),
     )  # fmt: skip
     table = allocate._by_layer(plan, allocate._warn_of_idle_experts(sites, saliency))
     counted = table[["layer", "module", "experts", "idle_experts"]].values.tolist()

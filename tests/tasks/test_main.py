@@ -75,9 +75,9 @@ def test_a_missing_input_names_the_way_to_it(fetched: Path) -> None:
 
 
 def test_a_mistake_in_params_stops_any_step(fetched: Path) -> None:
-    set_param(fetched, "gamma: 3.36 ", "gama: 3.36 ")
+    set_param(fetched, "gamma: null ", "gama: null ")
     done = run_step(fetched, "fetch_model")
-    set_param(fetched, "gama: 3.36 ", "gamma: 3.36 ")
+    set_param(fetched, "gama: null ", "gamma: null ")
     assert done.returncode == 2
     assert done.stderr.startswith("error: params.yaml: allocation.gama: unknown key")
     assert runs(fetched) == []

@@ -5,18 +5,19 @@ import dataclasses
 import itertools
 import re
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
 from nirvana.errors import InputError
+from nirvana.methods.registry import METHODS
+from nirvana.presets import PRESETS, resolve_presets
 from tasks.params import (
-    PRESETS,
     SECTIONS,
     UndeclaredParameterError,
     flatten,
-    in_words_of_the_preset,
     load_params,
     parse_params,
     restrict,
@@ -55,16 +56,40 @@ def test_the_shipped_file_is_valid_and_read_as_it_stands() -> None:
         for section, keys in GIVEN.items()
         for key, value in keys.items()
     }
-    assert flatten(params) == as_it_stands | PRESETS["nirvana"]
-    assert in_words_of_the_preset(as_it_stands) == flatten(params)
+    assert flatten(params) == as_it_stands | PRESETS["nirvana"] | own("nirvana")
+    assert resolve_presets(as_it_stands) == flatten(params)
+
+
+def own(method: str) -> dict[str, object]:
+    """Return how a method's scores are allocated where params.yaml says null."""
+    return {f"allocation.{name}": value for name, value in METHODS[method].defaults.items()}
 
 
 def test_one_switch_changes_what_is_null() -> None:
     best = flatten(parse_params(changed("method.preset", "best")))
-    assert best == flatten(parse_params(GIVEN)) | PRESETS["best"] | {"method.preset": "best"}
+    assert best == flatten(parse_params(GIVEN)) | PRESETS["best"] | own("fisher") | {"method.preset": "best"}
     small = changed("method.preset", "best")
     small["calibration"]["pool_size"] = 2
     assert parse_params(small).calibration.averaged == 2
+    assert resolve_presets({"method.preset": "best", "calibration.averaged": None, "calibration.pool_size": 2}) == {
+        "method.preset": "best", "calibration.averaged": 2, "calibration.pool_size": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_alone_brings_its_own_allocation(name: str) -> None:
+    params = parse_params(changed("saliency.method", name))
+    assert params.allocation == type(params.allocation)(**asdict(METHODS[name].allocation(0.2)))
+    values = changed("saliency.method", name)
+    values["allocation"]["gamma"] = 2.5
+    assert parse_params(values).allocation.gamma == 2.5
+
+
+def test_llm_pruner_alone_is_as_published() -> None:
+    found = parse_params(changed("saliency.method", "llm_pruner"))
+    assert (found.allocation.ranking, found.allocation.gamma) == ("layers", 1)
+    assert found.allocation.protected_layers == (3, 1)
+    assert found.compensation.method == "none"
 
 
 def test_a_given_value_wins_over_the_preset() -> None:
@@ -92,8 +117,23 @@ def test_parameters_are_frozen() -> None:
         ("allocation.round_to", 0, "allocation.round_to: expected a whole number from 1 to 1048576, got 0"),
         ("allocation.rule", "exactly", "allocation.rule: expected exact or published, got 'exactly'"),
         ("allocation.scope", "local", "allocation.scope: expected global or uniform, got 'local'"),
-        ("saliency.method", "wanda", "saliency.method: expected nirvana or fisher, or null for the preset's, got"),
+        (
+            "saliency.method",
+            "wanda",
+            "saliency.method: expected nirvana, fisher, random, magnitude, wanda_sp, flap, llm_pruner or lm_loss",
+        ),
         ("allocation.ranking", "joint", "allocation.ranking: expected modules with saliency.method nirvana"),
+        (
+            "allocation.protected_layers",
+            [3],
+            "allocation.protected_layers: expected two whole numbers from 0 to 1024 such as [3, 1], or null",
+        ),
+        ("allocation.protected_layers", [3, -1], "allocation.protected_layers: expected two whole numbers from 0"),
+        (
+            "allocation.ranking",
+            "best",
+            "allocation.ranking: expected modules, joint or layers, or null",
+        ),
         ("calibration.averaged", 7, "calibration.averaged: expected at most pool_size (6), got 7; lower it"),
         ("compensation.ridge", 0, "compensation.ridge: expected a finite number above 0, from 1e-12 to 1e9, got 0"),
         ("compensation.method", "bias", "compensation.method: expected none or least_squares"),
@@ -258,6 +298,10 @@ def test_uniform_scope_needs_the_exact_rule() -> None:
     assert parse_params(values).allocation.scope == "uniform"
     values["allocation"]["rule"] = "published"
     assert "allocation: expected rule exact with scope uniform, got published" in message(values)
+    values["allocation"] |= {"scope": "global", "ranking": "layers"}
+    assert "allocation: expected rule exact with ranking layers, got published" in message(values)
+    values["allocation"] |= {"scope": "uniform", "rule": "exact", "protected_layers": [3, 1]}
+    assert "allocation: expected scope global with protected_layers [3, 1]" in message(values)
 
 
 def test_fast_memory_needs_resident_weights() -> None:

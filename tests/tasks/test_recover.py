@@ -16,6 +16,7 @@ import torch
 from tiny import random_keep, tiny_corpus, tiny_llama, tiny_t5
 from transformers import AutoTokenizer
 
+from nirvana.allocation import Allocation
 from nirvana.checkpoint.digests import DIGESTS_NAME, check_digests
 from nirvana.checkpoint.recovered import RECOVERY_NAME
 from nirvana.errors import InputError
@@ -76,7 +77,7 @@ def make_inputs(root: Path, model: Path) -> dict[str, Path]:
         model_digest=model_digest(model),
         model_type="any",
         calibration_digest="sha256:none",
-        parameters={"pruning_ratio": 0.4},
+        allocation=Allocation(0.4),
     )
     prune(model, plan, inputs["checkpoint"])
     return inputs

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from nirvana.allocation import Allocation
 from nirvana.errors import InputError
 from nirvana.plan import Plan
 from nirvana.plan_summary import requested_rates
@@ -101,21 +102,12 @@ def write_inputs(
     write(
         inputs["plan"],
         {
-            "schema_version": 1,
+            "schema_version": 2,
             "model": {"digest": "sha256:" + "3f" * 32, "model_type": "llama", "num_layers": layers},
             "calibration": {"digest": "sha256:" + "a7" * 32},
-            "parameters": {
-                "pruning_ratio": 0.2,
-                "gamma": 3.36,
-                "round_to": 8,
-                "rule": "exact",
-                "scope": "global",
-                "method": "nirvana",
-                "ranking": "modules",
-                "candidates_averaged": 1,
-            },
+            "allocation": dataclasses.asdict(Allocation(0.2, gamma=3.36)),
+            "parameters": {"method": "nirvana", "candidates_averaged": 1},
             "compensation": None,
-            "requested_ratio": 0.2,
             "achieved_ratio": {module: achieved(module) for module in ("total", "attention", "mlp")},
             "sites": sites,
         },
@@ -282,7 +274,7 @@ def test_every_number_of_the_files_is_on_the_page(page: Page, inputs: dict[str, 
     benchmark = read["benchmark"]
     expected = [
         *leaves(read["plan"]["achieved_ratio"]),
-        read["plan"]["requested_ratio"],
+        read["plan"]["allocation"]["pruning_ratio"],
         *(read["selection"][key] for key in ("kl_divergence", "mean", "standard_deviation", "margin")),
         *read["selection"]["scores"],
         *leaves([benchmark[key] for key in ("dense", "pruned", "ratio", "floor")]),

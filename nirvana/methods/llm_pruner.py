@@ -2,7 +2,7 @@
 
 A unit scores Σ|W · ∂loss/∂W| over its weights, the loss that of the next token (`--taylor param_first`, the sum over
 coupled matrices). Within each layer that is pruned, KV groups compete with KV groups and neurons with neurons, and
-the number of KV groups that leave is rounded down (`nirvana.baselines.same_share`).
+the number of KV groups that leave is rounded down (`nirvana.allocation`).
 
 Source: LLM-Pruner (arXiv 2305.11627), block-wise pruning; horseee/LLM-Pruner, hf_prune.py and
 LLMPruner/pruner/hf_llama_pruner.py at 07ece7a, llama3.py at aaab7ba.
@@ -26,20 +26,11 @@ miss the share, neurons make up for it; the code misses the budget.
 from jaxtyping import Float
 from torch import Tensor
 
-from nirvana.baselines.lm_loss import lm_loss
-from nirvana.methods import Method, Scoring
+from nirvana.methods.lm_loss import lm_loss
+from nirvana.methods.method import Scoring
 from nirvana.walk import Ids, Stack
 
 
 def llm_pruner(stack: Stack, ids: Ids, scoring: Scoring) -> dict[str, Float[Tensor, " units"]]:
     """Return LLM-Pruner's score of each unit; those of protected layers are not used."""
     return lm_loss(stack, ids, scoring)
-
-
-METHOD = Method(
-    "llm_pruner",
-    llm_pruner,
-    ranking="layers",
-    protected=(3, 1),  # of 32: see same_share.protected_layers
-    source="arXiv 2305.11627, block-wise, --taylor param_first",
-)

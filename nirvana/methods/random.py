@@ -9,14 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nirvana.methods import Method, Scoring
+from nirvana.methods.method import Scoring
 from nirvana.walk import Ids, Stack
 
 
-def random_scores(stack: Stack, ids: Ids, scoring: Scoring) -> dict[str, Float[Tensor, " units"]]:
+def random(stack: Stack, ids: Ids, scoring: Scoring) -> dict[str, Float[Tensor, " units"]]:
     """Return uniform random scores; neither weights nor text are read."""
     generator = torch.Generator().manual_seed(scoring.seed)
     return {site.name: torch.rand(site.units, generator=generator) for site in stack.architecture.sites()}
-
-
-METHOD = Method("random", random_scores, ranking="modules", source="none: the control")

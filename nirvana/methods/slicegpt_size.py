@@ -18,7 +18,7 @@ Matrices = dict[tuple[int, Module], tuple[set[str], set[str]]]
 
 @dataclass(frozen=True)
 class SlicedSize:
-    """What a sliced model stores; see `nirvana.baselines.slicegpt` on size."""
+    """What a sliced model stores; see `nirvana.methods.slicegpt` on size."""
 
     dimension: int
     hidden: int

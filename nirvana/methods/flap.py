@@ -10,10 +10,9 @@ is squared is in the code only.
 
 Deviations: (1) The unit of attention is the KV group; the code knows no grouped queries (on such models its masks do
 not fit). (2) The variance is that of all positions; the code's running one leaves out the first sequence and is taken
-about a moving mean. (3) The list is cut where the weights removed meet the ratio, and every layer keeps a KV group
-and a block of neurons; the code weighs a head as 512/3 neurons, LLaMA-7B's figure, and may empty a layer. (4) Scores
-are multiplied by the unit's weights, for the ranking `joint` divides by them and FLAP ranks the standardised score
-itself. (5) The calibration text is what the caller gives; the code's default is 2,048 sequences of 128 tokens.
+about a moving mean. (3) The list is cut where the weights removed meet the ratio, and every layer keeps a KV group and
+a block of neurons; the code weighs a head as 512/3 neurons, LLaMA-7B's figure, and may empty a layer. (4) The
+calibration text is what the caller gives; the code's default is 2,048 sequences of 128 tokens.
 """
 
 from collections.abc import Mapping
@@ -25,13 +24,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nirvana.input_statistics import InputStatistics, input_statistics
-from nirvana.methods import Method, Scoring
+from nirvana.methods.method import Scoring
 from nirvana.projections import OutputProjection, output_projections
 from nirvana.walk import Ids, Stack
 
 
 def flap(stack: Stack, ids: Ids, scoring: Scoring) -> dict[str, Float[Tensor, " units"]]:
-    """Return FLAP's score of each unit, times the unit's weights (deviation 4)."""
+    """Return FLAP's score of each unit, of one weight as it were: the standardised score itself is ranked."""
     return scores_from(stack, input_statistics(stack, ids, scoring.on_layer))
 
 
@@ -40,8 +39,8 @@ def scores_from(stack: Stack, statistics: InputStatistics) -> dict[str, Float[Te
     result = {}
     for projection in _projections(stack):
         site = projection.site
-        of_units = _standardised_columns(stack, projection, statistics).view(site.units, -1).mean(dim=1)
-        result[site.name] = (of_units * site.weights_per_unit).float()
+        columns = _standardised_columns(stack, projection, statistics)
+        result[site.name] = columns.view(site.units, -1).mean(dim=1).float()
     return result
 
 
@@ -54,7 +53,7 @@ def _standardised_columns(
 ) -> Float[Tensor, " columns"]:
     site, slot = projection.site, projection.slot
     score = stack.parameter(slot.parameter).double().square().sum(dim=0).cpu() * statistics.variance(slot.parameter)
-    score = slot.by_unit(score, site.units).flatten()
+    score = score[slot.span(site.units)]
     if site.module == "attention":
         score = score.square()
     spread = score.std()
@@ -93,6 +92,3 @@ def bias_compensation(
             bias = bias + stack.parameter(projection.bias_name)
         result[projection.bias_name] = bias.float()
     return result
-
-
-METHOD = Method("flap", flap, ranking="joint", source="arXiv 2312.11983; CASIA-IVA-Lab/FLAP, WIFV, AL-AM")

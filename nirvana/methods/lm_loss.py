@@ -9,7 +9,7 @@ Source: Molchanov et al. (arXiv 1906.10771), |W · ∂loss/∂W|; the rest as NI
 from jaxtyping import Float
 from torch import Tensor
 
-from nirvana.methods import Method, Scoring
+from nirvana.methods.method import Scoring
 from nirvana.objective import next_token_loss
 from nirvana.saliency import channel_saliency, unit_saliency
 from nirvana.walk import Ids, Stack
@@ -19,8 +19,3 @@ def lm_loss(stack: Stack, ids: Ids, scoring: Scoring) -> dict[str, Float[Tensor,
     """Return Σ|W · ∂loss/∂W| of each unit, the absolute value after the gradient of the whole set is summed."""
     sums = channel_saliency(stack, ids, scoring.microbatch, scoring.on_layer, scoring.memory, next_token_loss).sums
     return unit_saliency(stack.architecture.sites(), sums)
-
-
-METHOD = Method(
-    "lm_loss", lm_loss, ranking="modules", gamma=3.36, source="arXiv 1906.10771 within NIRVANA's allocation"
-)

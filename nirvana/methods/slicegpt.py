@@ -6,7 +6,7 @@ the eigenbasis of its second moments on the calibration text, and only the leadi
 Each of those bases is computed on the stream as slicing has left it so far. Where a branch and the stream that it is
 added to are in different bases, a matrix on the shortcut, Q_inᵀ Q_out, turns the one into the other.
 
-What `size` means here (`nirvana.baselines.slicegpt_size`). Not a unit leaves: every matrix of a layer loses columns or
+What `size` means here (`nirvana.methods.slicegpt_size`). Not a unit leaves: every matrix of a layer loses columns or
 rows of the hidden size, the same share in all layers, and two matrices a layer come in addition. Counted is what the
 sliced model has to store:
 
@@ -39,8 +39,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from nirvana.architectures.site import Module
-from nirvana.baselines.slicegpt_size import BRANCHES, Matrices, sliced_size, stream_matrices, weight_of
 from nirvana.errors import InputError
+from nirvana.methods.slicegpt_size import BRANCHES, Matrices, sliced_size, stream_matrices, weight_of
 from nirvana.walk import Hidden, Ids, Stack, small_batches
 
 Rotation = Float[Tensor, "hidden dimension"]

@@ -11,7 +11,7 @@ FLAP's repository has another one, `mag_sp`: column norms of the output projecti
 from jaxtyping import Float
 from torch import Tensor
 
-from nirvana.methods import Method, Scoring
+from nirvana.methods.method import Scoring
 from nirvana.saliency import channel_key, unit_saliency, weight_slots_by_layer
 from nirvana.walk import Ids, Stack
 
@@ -26,6 +26,3 @@ def magnitude(stack: Stack, ids: Ids, scoring: Scoring) -> dict[str, Float[Tenso
             sums[channel_key(slot)] = weights[slot.parameter].abs().sum(dim=others).cpu()
         scoring.on_layer(layer)
     return unit_saliency(sites, sums)
-
-
-METHOD = Method("magnitude", magnitude, ranking="modules", gamma=3.36, source="NIRVANA code, --prune_type magnitude")

@@ -11,7 +11,7 @@ judged by what the pruned layers give it; a score would then belong to one ratio
 perplexity 74.8 and 850 at ratio 0.2 and 0.4, the code's way 78.0 and 905 (first 2,048 reference tokens of
 WikiText-2). (2) The unit of attention is the KV group, for the code knows no grouped queries. (3) The number of KV
 groups is rounded down, as there, but neurons make up for the rest; the code misses the budget
-(`nirvana.baselines.same_share`). (4) The calibration text is what the caller gives; the code's default is 2,048
+(`nirvana.allocation`). (4) The calibration text is what the caller gives; the code's default is 2,048
 sequences of 128 tokens.
 """
 
@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nirvana.input_statistics import InputStatistics, input_statistics
-from nirvana.methods import Method, Scoring
+from nirvana.methods.method import Scoring
 from nirvana.projections import output_projections
 from nirvana.walk import Ids, Stack
 
@@ -37,8 +37,5 @@ def scores_from(stack: Stack, statistics: InputStatistics) -> dict[str, Float[Te
         for site, slot in ((each.site, each.slot) for each in projections):
             per_column = stack.parameter(slot.parameter).abs().mean(dim=0).cpu().double()
             per_column *= torch.sqrt(statistics.second_moment[slot.parameter])
-            result[site.name] = slot.by_unit(per_column, site.units).sum(dim=1).float()
+            result[site.name] = per_column[slot.span(site.units)].view(site.units, slot.block).sum(dim=1).float()
     return result
-
-
-METHOD = Method("wanda_sp", wanda_sp, ranking="layers", source="arXiv 2306.11695; FLAP's prune_wanda_sp")
