@@ -68,7 +68,7 @@ def flip(file: Path, keep_time: bool = False) -> None:
 def cached(path: Path, output: str, member: int | None = None) -> Path:
     """Return the cache object of an output, or of one file of it."""
     stages = yaml.safe_load((path / "dvc.lock").read_text())["stages"].values()
-    (md5,) = (out["md5"] for stage in stages for out in stage["outs"] if out["path"] == output)
+    (md5,) = (out["md5"] for stage in stages for out in stage.get("outs", ()) if out["path"] == output)
     found = path / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
     if member is None:
         return found
@@ -204,7 +204,6 @@ DAMAGES = DAMAGES[DAMAGES.index(edited_output) :]
 TOGETHER = [  # those of different files, told apart by what is said
     (edited_output, edited_output_with_its_time_set_back, cut_output, cut_rwlock),
     (edit_through_a_link, rotten_object_of_a_directory, rotten_last_output),
-    (rwlock_that_is_no_text, damaged_state),
 ]
 ALONE = [(damage,) for damage in DAMAGES if damage not in sum(TOGETHER, ())]
 

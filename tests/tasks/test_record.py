@@ -55,7 +55,7 @@ def test_the_run_holds_the_experiment(checkout: Path, client) -> None:
     evaluation = json.loads((checkout / "reports/evaluation.json").read_text())
     plan = json.loads((checkout / "artifacts/plan.json").read_text())
     assert run.data.metrics["evaluation.token_perplexity"] == evaluation["token_perplexity"]
-    assert run.data.metrics["evaluation.tasks.evaluation.cloze.value"] == evaluation["tasks"]["cloze"]["value"]
+    assert run.data.metrics["evaluation.tasks.cloze.value"] == evaluation["tasks"]["cloze"]["value"]
     assert run.data.metrics["plan.achieved_ratio.mlp"] == plan["achieved_ratio"]["mlp"]
     assert {"benchmark.pruned.peak_bytes", "kept_share_by_layer.mlp"} <= set(run.data.metrics)
     (point,) = client.get_metric_history(run.info.run_id, "recovery.heldout_loss_by_tokens")
