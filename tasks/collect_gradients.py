@@ -40,7 +40,7 @@ def run(params: "Params", inputs: Mapping[str, Path], outputs: Mapping[str, Path
     expected = _expected_sizes(inputs["model"], method)
     candidates = read_ids(inputs["candidates"])
     digest = model_digest(inputs["model"])
-    work = {"microbatch": params.saliency.microbatch, "saliency": method.name, "draws": params.saliency.draws}
+    work = {"microbatch": params.saliency.microbatch, "needs": method.needs, "draws": params.saliency.draws}
     way = chosen_way(params, inputs["model"], candidates, device, len(candidates[0]), **work)
     jobs = []
     for index in range(len(candidates[0])):

@@ -6,12 +6,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from nirvana.methods.registry import METHODS
 from nirvana.presets import COMPENSATION_SEQUENCES, PRESETS
 
 Preset = Literal["nirvana", "best"]
 _BEST = PRESETS["best"]
 BEST: dict[str, Any] = {
-    "saliency": _BEST["saliency.method"],
+    "needs": METHODS[_BEST["saliency.method"]].needs,
     "compensation_sequences": COMPENSATION_SEQUENCES,
     "self_generated": _BEST["compensation.self_generated"],
 }

@@ -22,8 +22,8 @@ class Workload:
     microbatch: int = 2
     heldout_sequences: int = 8
     heldout_length: int = 128
-    saliency: str = "nirvana"
-    """Name of the method that scores; of `nirvana.methods.registry`."""
+    needs: str = "weight_gradients"
+    """What is computed to score: `nirvana.methods.method.Method.needs`."""
     draws: int = 2
     """Of `fisher`: label sequences a calibration sequence."""
     pruning_ratio: float = 0.2

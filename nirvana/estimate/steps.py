@@ -28,7 +28,6 @@ from nirvana.estimate.memory import (
     self_generation_bytes,
 )
 from nirvana.estimate.sizes import ModelSizes, Workload
-from nirvana.methods.registry import METHODS
 from nirvana.walk import SEQUENCES_AT_ONCE, Execution, Memory
 
 __all__ = [
@@ -135,7 +134,7 @@ class _Steps:
     def saliency(self) -> Iterator[StepEstimate]:
         work, sizes = self.work, self.sizes
         tokens = work.pool_size * work.sequences * work.sequence_length
-        if METHODS[work.saliency].needs != "weight_gradients":
+        if work.needs != "weight_gradients":
             # the most that any other needs, mask Fisher:
             # forward, forward again, and back to each layer's input alone; for all draws logits twice, the head's rows
             operations = tokens * ((2 + work.draws) * self.body + 3 * self.head)
@@ -276,7 +275,7 @@ def choose_workers(
 
 def _peak(sizes: ModelSizes, work: Workload, way: tuple[Execution, Memory], on_cpu: bool) -> int:
     """Return what one process takes at most, of the steps whose way is chosen."""
-    if METHODS[work.saliency].needs != "weight_gradients":  # the others have one way of memory, Fisher's is the largest
+    if work.needs != "weight_gradients":  # the others have one way of memory, Fisher's is the largest
         peak = fisher_bytes(sizes, work, way[0], on_cpu)
     else:
         peak = saliency_bytes(sizes, work, *way, on_cpu=on_cpu)

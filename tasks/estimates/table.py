@@ -45,6 +45,7 @@ def shown_file(params: "Params") -> Path | None:
 def workload(params: "Params") -> "Workload":
     """Return what params.yaml asks of the steps, whoever shares it."""
     from nirvana.estimate.steps import Workload
+    from nirvana.methods.registry import METHODS
 
     compensated = params.compensation.method != "none"
     return Workload(
@@ -54,7 +55,7 @@ def workload(params: "Params") -> "Workload":
         microbatch=params.saliency.microbatch,
         heldout_sequences=params.calibration.heldout_sequences,
         heldout_length=params.calibration.heldout_length,
-        saliency=params.saliency.method,
+        needs=METHODS[params.saliency.method].needs,
         draws=params.saliency.draws,
         pruning_ratio=params.allocation.pruning_ratio,
         compensation_sequences=params.compensation.sequences if compensated else 0,

@@ -83,7 +83,7 @@ def test_what_is_asked_for_has_rows(eight_billion):
     assert [each.memory for each in plain["collect_gradients"]] == ["fast", "lean", "lean"]
     assert not plain.keys() & {"generate_text", "compensate", "recover"}
     asked = {"compensation_sequences": 160, "self_generated": 120, "recovery_tokens": 8192}
-    best = by_step(eight_billion, saliency="fisher", **asked)
+    best = by_step(eight_billion, needs="input_gradients", **asked)
     # in the order in which they run
     expected = ["collect_gradients", "score_pool", "compensate", "prune", "recover", "evaluate", "benchmark"]
     assert list(best) == ["generate_text", *expected]
@@ -96,7 +96,7 @@ def test_what_is_asked_for_has_rows(eight_billion):
 @pytest.mark.parametrize("name", all_families())
 def test_every_family_has_the_rows_that_can_be_asked_for(name, tmp_path):
     save_family(name, tmp_path)
-    found = by_step(tmp_path, saliency="fisher", compensation_sequences=4, self_generated=2, recovery_tokens=64)
+    found = by_step(tmp_path, needs="input_gradients", compensation_sequences=4, self_generated=2, recovery_tokens=64)
     assert all(each.peak_bytes > 0 for step in found.values() for each in step)
     assert ("generate_text" in found) == (model_type_of(name) != "t5")  # which writes none
     sizes = ModelSizes.of(tmp_path)
@@ -210,7 +210,7 @@ def test_recovery_has_both_models_in_memory_only_where_one_teaches(eight_billion
     ],
 )
 def test_more_of_it_takes_longer(step, more, eight_billion):
-    asked = {"saliency": "fisher", "compensation_sequences": 160, "self_generated": 120, "recovery_tokens": 8192}
+    asked = {"needs": "input_gradients", "compensation_sequences": 160, "self_generated": 120, "recovery_tokens": 8192}
     shorter, longer = (by_step(eight_billion, **work)[step][0].seconds for work in (asked, asked | more))
     assert shorter < longer
 
@@ -245,14 +245,15 @@ def test_auto_takes_the_fastest_way_that_fits(free_gb, expected, eight_billion, 
 
 
 def test_auto_streams_fisher_where_its_own_peak_does_not_fit(eight_billion, monkeypatch):
-    fisher, sizes = Workload(saliency="fisher", sequences=2), ModelSizes.of(eight_billion)
+    fisher, sizes = Workload(needs="input_gradients", sequences=2), ModelSizes.of(eight_billion)
     for share, expected in ((0.99, "streamed"), (1.01, "resident")):
         free = int(share * fisher_bytes(sizes, fisher, "resident") / estimate.FITS)
         monkeypatch.setattr(estimate, "available_bytes", lambda device, free=free: free)
         assert choose(eight_billion, fisher, torch.device("cpu"), "auto", "auto")[0] == expected
     # the gradients of weights, which it does not have, would not have fitted
     assert (
-        choose(eight_billion, replace(fisher, saliency="nirvana"), torch.device("cpu"), "auto", "auto")[0] == "streamed"
+        choose(eight_billion, replace(fisher, needs="weight_gradients"), torch.device("cpu"), "auto", "auto")[0]
+        == "streamed"
     )
 
 

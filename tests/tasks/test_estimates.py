@@ -52,7 +52,7 @@ def test_what_the_preset_best_and_recovery_ask_for(checkout):
     content["recovery"] |= {"tokens": 4096, "rank": 4, "distillation": 0.0, "curve_every": 2048}
     yaml.dump(content, checkout / "params.yaml")
     work = estimates.workload(load_params())
-    assert (work.saliency, work.draws) == ("fisher", 3)
+    assert (work.needs, work.draws) == ("input_gradients", 3)
     assert (work.compensation_sequences, work.self_generated, work.compensation_length) == (40, 30, 64)
     recovery = (work.recovery_tokens, work.recovery_rank, work.distillation, work.recovery_curve_every)
     assert recovery == (4096, 4, 0.0, 2048)
@@ -64,7 +64,7 @@ def test_what_is_not_asked_for_is_not_there(checkout):
     content["method"]["preset"] = "nirvana"
     yaml.dump(content, checkout / "params.yaml")
     work = estimates.workload(load_params())
-    assert (work.saliency, work.compensation_sequences, work.recovery_tokens) == ("nirvana", 0, 0)
+    assert (work.needs, work.compensation_sequences, work.recovery_tokens) == ("weight_gradients", 0, 0)
     content["compensation"]["self_generated"] = 30  # nobody would read it
     yaml.dump(content, checkout / "params.yaml")
     assert estimates.workload(load_params()).self_generated == 0

@@ -15,7 +15,7 @@ from tasks.params import Runtime
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 AUTO = Runtime("auto", "auto", "auto", "processes", "auto", None)
-WORK = Workload(saliency="fisher", sequences=100_000)
+WORK = Workload(needs="input_gradients", sequences=100_000)
 """Enough for the smallest model to keep several processes busy."""
 
 
