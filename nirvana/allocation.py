@@ -145,7 +145,7 @@ def _unprotected(sites: Sequence[Site], allocation: Allocation) -> tuple[Sequenc
     first, last = protected_layers(allocation.protected_layers, len(layers))
     if not first + last:
         return sites, replace(allocation, protected_layers=(0, 0))
-    inner = [site for site in sites if site.layer in layers[first : len(layers) - last]]
+    inner = [site for site in sites if site.layer in layers[first : max(first, len(layers) - last)]]
     if not inner:
         raise InputError(f"expected layers beside the {first + last} protected ones, got {len(layers)} in all")
     ratio, total, own = allocation.pruning_ratio, *(sum(site.weights for site in each) for each in (sites, inner))
@@ -169,7 +169,9 @@ def _same_share(
     groups = next(site.units for site in sites if site.module == "attention")
     least = groups - math.floor(min(rate, 1.0) * groups + _COUNT_SLACK)
     uniform = replace(allocation, ranking="modules", scope="uniform")
-    return sites, uniform, lambda kept: kept >= least and loadable_kv_groups(kept)
+    # a stock configuration is asked for by scope `uniform` alone
+    stock = loadable_kv_groups if allocation.scope == "uniform" else lambda kept: True
+    return sites, uniform, lambda kept: kept >= least and stock(kept)
 
 
 def _allocate(

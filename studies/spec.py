@@ -65,7 +65,7 @@ class Setting:
                 raise InputError(f"{self.option}: expected {wanted}, {said}it")
             return value
         if self.kind == "count":
-            if not part.isdigit() or int(part) < self.least:
+            if not (part.isascii() and part.isdigit() and len(part) <= 9) or int(part) < self.least:
                 wanted = f"whole numbers above {self.least - 1} such as 1,8,64" if several else "a whole number"
                 at_least = "" if several else f" of at least {self.least}"
                 raise InputError(f"{self.option}: expected {wanted}{at_least}, {said}{'them' if several else 'it'}")

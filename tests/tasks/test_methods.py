@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from tiny import random_ids, save_family, tiny_llama
 
-from nirvana.allocation import allocate
+from nirvana.allocation import Allocation, allocate
+from nirvana.architectures.site import Site, Slot
 from nirvana.errors import InputError
 from nirvana.loading import load_model
 from nirvana.methods.method import Scoring
@@ -21,6 +22,7 @@ from tasks import aggregate_saliency, collect_gradients, prune, score_pool
 from tasks import allocate as allocate_step
 from tasks.params import load_params, parse_params
 from tasks.registry import step
+from tasks.unit_saliency import allocate_as_asked
 from tasks.workers.candidates import CACHE
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +85,35 @@ def test_the_pipeline_keeps_what_scorer_and_allocation_say(name, tmp_path):
     assert abs(plan.achieved_ratio["total"] - 0.3) < 0.1
     assert load_model(at["checkpoint"])(ids[0][:1]).logits.isfinite().all()
     assert list(CACHE.iterdir()) == []
+
+
+@pytest.mark.parametrize("kv_heads", [4, 8])
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_stock_configuration_could_say_binds_scope_uniform_alone(name, kv_heads, tmp_path):
+    """Of 8 KV groups a stock checkpoint cannot keep 5; a pruned one can."""
+    model = tiny_llama(
+        tmp_path / "model", num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=kv_heads, head_dim=8
+    )
+    stack, method = Stack.open(model), METHODS[name]
+    sites = stack.architecture.sites()
+    saliency = method.scorer(stack, random_ids(2, 16), Scoring(2, 3))
+    saliency = {site: values.numpy() for site, values in saliency.items()}
+    for ratio in (0.3, 0.4):
+        expected = allocate(sites, saliency, method.allocation(ratio), per_weight=method.per_weight)
+        found = allocate_as_asked(stack.architecture, saliency, params_of(name, allocation={"pruning_ratio": ratio}))
+        assert all(np.array_equal(found[site], kept) for site, kept in expected.items())
+
+
+def test_protected_layers_beyond_the_depth_are_refused():
+    sites = [
+        Site(f"layers.{layer}.{kind}", module, layer, 16, (Slot(f"{layer}.{kind}", 0, 1, 8),))
+        for layer in range(8)
+        for kind, module in (("kv_group", "attention"), ("mlp_neuron", "mlp"))
+    ]
+    saliency = {site.name: np.arange(16, dtype=np.float32) for site in sites}
+    for protected in ((0, 33), (0, 40), (0, 60), (40, 0), (20, 20)):
+        with pytest.raises(InputError, match="layers beside the"):
+            allocate(sites, saliency, Allocation(0.1, protected_layers=protected))
 
 
 @pytest.mark.parametrize("name", METHODS)
