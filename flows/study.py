@@ -28,8 +28,9 @@ from flows.outcome import show
 from flows.prefect_server import prefect_fault
 from flows.step import StepFailedError, bring_up_to_date
 from nirvana.errors import InputError
+from nirvana.presets import COMPENSATION_SEQUENCES
 from studies.spec import Spec, load_spec, study_names
-from studies.subject import COMPENSATION_SEQUENCES, SELF_GENERATED, TOKENS, Asked
+from studies.subject import SELF_GENERATED, TOKENS, Asked
 from tasks.params import load_params
 from tasks.registry import paths
 from tasks.workers.process import ERROR_PREFIX, prepare_environment

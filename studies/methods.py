@@ -1,7 +1,6 @@
 """Every method that a study may compare: how it scores, how it spends a budget, and its scores kept on disk.
 
-A sweep over ratios, gammas or roundings asks for the same saliency again and again; it is computed once. This is
-the one module of studies/ that knows the registry of methods.
+A sweep over ratios, gammas or roundings asks for the same saliency again and again; it is computed once.
 """
 
 import inspect

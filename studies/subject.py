@@ -8,13 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.params import PRESETS, load_params
+from nirvana.presets import PRESETS
+from tasks.params import load_params
 
 if TYPE_CHECKING:
     from studies.comparison import Comparison, Texts
 
 TOKENS, QUICK_TOKENS = 4096, 2048
-COMPENSATION_SEQUENCES, QUICK_COMPENSATION_SEQUENCES = 160, 32
+QUICK_COMPENSATION_SEQUENCES = 32
 SELF_GENERATED, QUICK_SELF_GENERATED = PRESETS["best"]["compensation.self_generated"], 24
 _FEWEST = 2
 """Evaluation tokens that are read and not used."""

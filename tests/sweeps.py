@@ -5,6 +5,12 @@ from types import SimpleNamespace
 
 from tiny import random_ids
 
+from nirvana.allocation import Allocation
+from nirvana.loading import load_model
+from nirvana.plan import Plan
+from nirvana.surgery import prune
+from nirvana.walk import Stack
+from nirvana.weights import model_digest
 from studies.comparison import Comparison, Text, Texts
 from studies.spec import load_spec, resolve
 from studies.subject import Asked
@@ -19,6 +25,20 @@ def measured(name, comparison, **changed):
     spec = load_spec(name)
     subject = SimpleNamespace(comparison=comparison, asked=Asked(), notes=[], parameters={})
     return resolve(spec.measure)(subject, spec, spec.values(False, changed))
+
+
+def pruned_model(model_directory, keep, ratio, target):
+    """Write the checkpoint of a Llama that keeps these units, and load it."""
+    plan = Plan.build(
+        Stack.open(model_directory).architecture.sites(),
+        keep,
+        model_digest=model_digest(model_directory),
+        model_type="llama",
+        calibration_digest="none",
+        allocation=Allocation(ratio, gamma=1.0),
+    )
+    prune(model_directory, plan, target)
+    return load_model(target)
 
 
 @contextmanager

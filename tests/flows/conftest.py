@@ -76,7 +76,7 @@ def finished_toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def toy_copy(finished_toy: Path, tmp_path: Path) -> Path:
+def checkout(finished_toy: Path, tmp_path: Path) -> Path:
     """A copy of the finished toy checkout, with links and cache as they were."""
     path = tmp_path / "checkout"
     command(tmp_path, "cp", "-a", str(finished_toy), str(path))

@@ -23,11 +23,6 @@ pytestmark = pytest.mark.slow
 NAMES = [step.name for step in STEPS]
 
 
-@pytest.fixture
-def checkout(toy_copy: Path) -> Path:
-    return toy_copy
-
-
 def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

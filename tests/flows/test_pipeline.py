@@ -20,11 +20,6 @@ pytestmark = pytest.mark.slow
 NAMES = [step.name for step in STEPS]
 
 
-@pytest.fixture
-def checkout(toy_copy: Path) -> Path:
-    return toy_copy
-
-
 def test_alternating_flow_and_dvc_is_never_wrong_and_never_recomputes(api: str, checkout: Path) -> None:
     first = outputs(checkout)
 

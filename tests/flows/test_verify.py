@@ -38,11 +38,6 @@ def drive(path: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
     return command(path, sys.executable, "-c", _DRIVE, check=check)
 
 
-@pytest.fixture
-def checkout(toy_copy):
-    return toy_copy
-
-
 def outputs(path: Path) -> dict[str, bytes]:
     found = {}
     for step in STEPS:

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from sweeps import pruned_model
 from tiny import random_ids, save_family, tiny_corpus, tiny_llama, tiny_t5
 from torch import nn
 
 from benchmarks import quality
-from nirvana.allocation import Allocation, allocate
+from nirvana.allocation import allocate
 from nirvana.errors import InputError
 from nirvana.files import write_json
 from nirvana.input_statistics import input_statistics
@@ -23,10 +24,7 @@ from nirvana.methods.registry import METHODS, SHORTGPT, SLICEGPT
 from nirvana.methods.shortgpt import write_shortgpt
 from nirvana.methods.slicegpt import slicegpt, slicegpt_hidden_states
 from nirvana.methods.slicegpt_size import dimension_for, sliced_size
-from nirvana.plan import Plan
-from nirvana.surgery import prune
 from nirvana.walk import Stack, final_hidden_states
-from nirvana.weights import model_digest
 from studies import comparison as judging
 from studies import methods as registry
 from studies import store
@@ -68,19 +66,6 @@ def measure(comparison, methods, ratios, seeds=1):
     return rows_of(subject, load_spec("compare"), values)
 
 
-def checkpoint(model_directory, keep, target):
-    plan = Plan.build(
-        Stack.open(model_directory).architecture.sites(),
-        keep,
-        model_digest=model_digest(model_directory),
-        model_type="llama",
-        calibration_digest="none",
-        allocation=Allocation(RATIO, gamma=1.0),
-    )
-    prune(model_directory, plan, target)
-    return load_model(target)
-
-
 @torch.no_grad()
 def expected_row(dense, pruned, given):
     """KL, losses and size by transformers alone."""
@@ -108,7 +93,7 @@ def part_of(row, expected):
 def test_a_plain_row_is_that_of_the_checkpoint(comparison, model_directory, tmp_path):
     row = comparison.row(Variant("fisher", RATIO))
     keep = comparison.keep(Variant("fisher", RATIO))
-    dense, pruned = load_model(model_directory), checkpoint(model_directory, keep, tmp_path / "pruned")
+    dense, pruned = load_model(model_directory), pruned_model(model_directory, keep, RATIO, tmp_path / "pruned")
     expected = expected_row(dense, pruned, comparison.texts)
     assert part_of(row, expected) == expected
     expected = expected_row(dense, dense, comparison.texts) | {"kl_divergence": pytest.approx(0, abs=1e-6)}
@@ -120,7 +105,7 @@ def test_a_bias_is_that_of_a_model_which_has_one(comparison, model_directory, tm
     keep = comparison.keep(Variant("flap", RATIO))
     stack = Stack.open(model_directory)
     biases = bias_compensation(stack, keep, input_statistics(stack, comparison.texts.compensation.ids))
-    pruned = checkpoint(model_directory, keep, tmp_path / "pruned")
+    pruned = pruned_model(model_directory, keep, RATIO, tmp_path / "pruned")
     assert all(pruned.get_submodule(name.removesuffix(".bias")).bias is None for name in biases)
     for name, values in biases.items():
         pruned.get_submodule(name.removesuffix(".bias")).bias = nn.Parameter(values)

@@ -6,17 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from sweeps import pruned_model
 from tiny import random_ids, save_family, tiny_llama
 from torch import nn
 
-from nirvana.allocation import Allocation
 from nirvana.compensation import compensate
 from nirvana.errors import InputError
 from nirvana.loading import load_model
-from nirvana.plan import Plan
-from nirvana.surgery import prune
 from nirvana.walk import Stack, final_hidden_states
-from nirvana.weights import model_digest
 from studies import comparison as judging
 from studies.comparison import Comparison, Text, Texts
 from studies.lines import lines_of
@@ -150,15 +147,7 @@ def rounded(model, precision):
 @pytest.mark.parametrize("precision", [STORED, *PRECISIONS])
 def test_a_cell_is_the_pruned_and_rounded_model(precision, quantised, model_directory, tmp_path):
     keep = quantised.keep(Variant("nirvana", RATIO))
-    plan = Plan.build(
-        Stack.open(model_directory).architecture.sites(),
-        keep,
-        model_digest=model_digest(model_directory),
-        model_type="llama",
-        calibration_digest="none",
-        allocation=Allocation(RATIO, gamma=1.0),
-    )
-    prune(model_directory, plan, tmp_path / "pruned")
+    pruned_model(model_directory, keep, RATIO, tmp_path / "pruned")
     for name, ratio, directory in (("nirvana", RATIO, tmp_path / "pruned"), (DENSE, 0.0, model_directory)):
         found = quantised.row(Variant(name, ratio, precision=precision))
         model = load_model(directory)

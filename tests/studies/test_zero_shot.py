@@ -9,16 +9,13 @@ import random
 import numpy as np
 import pytest
 import torch
+from sweeps import pruned_model
 from tiny import random_ids, tiny_corpus, tiny_llama, tiny_sentence, tiny_tokenizer
 
-from nirvana.allocation import Allocation
 from nirvana.compensation import compensate
 from nirvana.errors import InputError
 from nirvana.loading import load_model
-from nirvana.plan import Plan
-from nirvana.surgery import prune
-from nirvana.walk import Stack, final_hidden_states
-from nirvana.weights import model_digest
+from nirvana.walk import final_hidden_states
 from studies import zero_shot as study
 from studies.comparison import Comparison, Text, Texts
 from studies.items import CONTINUATION, CORPUS, LAST_WORD, OTHER, ItemSet, item_sets
@@ -272,16 +269,7 @@ def answers_of(model, items):
 
 def test_answers_are_those_of_checkpoints(zero_shot, sets, model_directory, tmp_path):
     keep = zero_shot.keep(Variant("nirvana", RATIO))
-    plan = Plan.build(
-        Stack.open(model_directory).architecture.sites(),
-        keep,
-        model_digest=model_digest(model_directory),
-        model_type="llama",
-        calibration_digest="none",
-        allocation=Allocation(RATIO, gamma=1.0),
-    )
-    prune(model_directory, plan, tmp_path / "pruned")
-    dense, pruned = load_model(model_directory), load_model(tmp_path / "pruned")
+    dense, pruned = load_model(model_directory), pruned_model(model_directory, keep, RATIO, tmp_path / "pruned")
     for each in sets:
         expected = answers_of(dense, each.items)
         assert asked_of(zero_shot, Variant(), each)["answers"] == expected and 0 < sum(expected) < len(expected)
